@@ -1,0 +1,13 @@
+"""The operations of a capsule network: squash, primary capsules, votes and routing by agreement.
+
+Shapes use one set of letters everywhere: batch B, input capsules N, output capsules J, input
+dimension K, output dimension D. `u` [B, N, K] are input capsules, `W` [N, K, J, D] transformation
+matrices, `v` [B, J, D] output capsules.
+"""
+
+from .primary.op import primary_capsules
+from .routing.op import routing
+from .squash.op import squash
+from .votes.op import votes
+
+__all__ = ["primary_capsules", "routing", "squash", "votes"]

@@ -1,0 +1,247 @@
+"""Routing in PyTorch without ever holding all votes: the CPU path, and the fallback elsewhere.
+
+A chunk of input capsules is one batched matrix product into a reused buffer [n, J, D, B]. The
+batch comes last, so that every other step works on long contiguous rows, with the sums over D, J
+and input capsules outside of them. The equations are those of README.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .reference import distance_scale
+
+KEPT_BYTES = 32 << 20
+"""Last couplings up to this size are kept for backward; larger ones are recomputed there."""
+
+
+@cache
+def chunk_bytes() -> int:
+    """Size of one chunk of votes: it and its scratch copy should stay in the last-level cache."""
+    try:
+        last_level = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        last_level = 0
+    return min(max(last_level // 16, 1 << 20), 8 << 20)
+
+
+def accumulation_dtype(u: Tensor, W: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(u.dtype, W.dtype), torch.float32)
+
+
+def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
+    """Shape of the couplings [N, J, B] that forward keeps; (0,) if it keeps none."""
+    N, J, B = u.shape[1], W.shape[2], u.shape[0]
+    size = N * J * B * accumulation_dtype(u, W).itemsize
+    return (N, J, B) if keep and size <= KEPT_BYTES else (0,)
+
+
+def forward(
+    u: Tensor, W: Tensor, bias: Tensor | None, iterations: int, method: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns v [B, J, D], s of every iteration [R, B, J, D], and the kept couplings [N, J, B]."""
+    votes = Votes(u, W, method)
+    offset = 0 if bias is None else bias.to(votes.dtype).unsqueeze(-1)  # [J, D, 1]
+    kept = votes.u.new_empty(kept_shape(u, W, keep))
+    s_all = [votes.uniform_sum() + offset]  # each [J, D, B]
+    v_all = [squash(s_all[0])]
+    for r in range(1, iterations):
+        state = routing_state(v_all, method)
+        s = torch.zeros_like(s_all[0])
+        for i, u_hat, _ in votes.chunks():
+            c = logits(u_hat, state, method, votes.scratch).softmax(1)
+            if len(kept) and r == iterations - 1:
+                kept[i] = c
+            s += u_hat.mul_(c.unsqueeze(2)).sum(0)
+        s_all.append(s + offset)
+        v_all.append(squash(s_all[r]))
+    v = v_all[-1].permute(2, 0, 1).to(torch.promote_types(u.dtype, W.dtype))
+    return v.contiguous(), torch.stack(s_all).permute(0, 3, 1, 2).contiguous(), kept
+
+
+def backward(
+    grad_v: Tensor,
+    u: Tensor,
+    W: Tensor,
+    s_all: Tensor,
+    kept: Tensor,
+    method: str,
+    routing_grad: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns du [B, N, K], dW [N, K, J, D] and dbias [J, D] from dv [B, J, D]."""
+    votes = Votes(u, W, method)
+    gradients = Gradients(votes)
+    s_all = s_all.permute(0, 2, 3, 1).contiguous()  # [R, J, D, B], the bits of forward
+    v_all = [squash(s) for s in s_all.unbind()]
+    dv = grad_v.permute(1, 2, 0).to(votes.dtype)  # [J, D, B]
+    dstate = torch.zeros_like(dv)
+    dbias = dv.new_zeros(dv.shape[:2])
+    for r in reversed(range(len(s_all))):
+        ds = squash_gradient(s_all[r], dv)
+        dbias += ds.sum(-1)
+        if r == 0:
+            gradients.add_uniform(ds)
+        elif routing_grad == "final":
+            gradients.add_constant_couplings(ds, routing_state(v_all[:r], method), kept)
+            break
+        else:
+            step = gradients.add_full(ds, routing_state(v_all[:r], method))
+            dstate = dstate + step if method == "rba" else step
+            dv = dstate
+    du = gradients.u.permute(2, 0, 1).to(u.dtype).contiguous()
+    return du, gradients.W.view(W.shape).to(W.dtype), dbias
+
+
+class Votes:
+    """The votes of one call in the accumulation dtype, made chunk by chunk."""
+
+    def __init__(self, u: Tensor, W: Tensor, method: str):
+        N, K, J, D = W.shape
+        self.dtype = accumulation_dtype(u, W)
+        self.method = method
+        self.u = u.permute(1, 2, 0).to(self.dtype).contiguous()  # [N, K, B]
+        self.W = W.to(self.dtype).reshape(N, K, J * D)
+        self.shape = (J, D, u.shape[0])
+        n = max(1, min(N, chunk_bytes() // max(J * D * u.shape[0] * self.dtype.itemsize, 1)))
+        self.slices = [slice(start, min(start + n, N)) for start in range(0, N, n)]
+        self.scratch = self.u.new_empty(n, *self.shape)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yields i, u_hat_i [n, J, D, B], to be overwritten at will, and the shortening of sda."""
+        buffer = torch.empty_like(self.scratch)
+        for i in self.slices:
+            u_hat = buffer[: i.stop - i.start]
+            torch.bmm(self.W[i].mT, self.u[i], out=u_hat.flatten(1, 2))
+            yield i, u_hat, self.shorten(u_hat, i) if self.method == "sda" else None
+
+    def shorten(self, u_hat: Tensor, i: slice) -> Tensor:
+        """Shortens votes to the length of their capsule; returns the factors [n, J, B] <= 1."""
+        length = torch.linalg.vector_norm(self.u[i], dim=1, keepdim=True)  # [n, 1, B]
+        vote_length = torch.linalg.vector_norm(u_hat, dim=2)
+        factor = torch.where(vote_length > length, length / vote_length, 1)
+        u_hat *= factor.unsqueeze(2)
+        return factor
+
+    def uniform_sum(self) -> Tensor:
+        """s of iteration 1, where every coupling is 1 / J. [J, D, B]"""
+        J = self.shape[0]
+        if self.method == "rba":
+            return (self.W.flatten(0, 1).T @ self.u.flatten(0, 1)).view(self.shape) / J
+        s = self.u.new_zeros(self.shape)
+        for _, u_hat, _ in self.chunks():
+            s += u_hat.sum(0)
+        return s / J
+
+
+class Gradients:
+    """du and dW in the accumulation dtype, gathered over iterations and chunks."""
+
+    def __init__(self, votes: Votes):
+        self.votes = votes
+        self.u = torch.zeros_like(votes.u)
+        self.W = torch.zeros_like(votes.W)
+
+    def add_uniform(self, ds: Tensor) -> None:
+        """Iteration 1: every coupling is 1 / J."""
+        votes, g = self.votes, ds / ds.shape[0]
+        if votes.method == "rba":
+            self.u.flatten(0, 1).addmm_(votes.W.flatten(0, 1), g.flatten(0, 1))
+            self.W.flatten(0, 1).addmm_(votes.u.flatten(0, 1), g.flatten(0, 1).T)
+            return
+        for i, u_hat, factor in votes.chunks():
+            self.add(i, g.expand_as(u_hat), u_hat, factor)
+
+    def add_constant_couplings(self, ds: Tensor, state: Tensor, kept: Tensor) -> None:
+        """d(u_hat_ij) = c_ij ds_j."""
+        votes = self.votes
+        if len(kept):
+            for i in votes.slices:
+                c = kept[i].unsqueeze(2)
+                self.add(i, torch.mul(c, ds, out=votes.scratch[: len(c)]))
+            return
+        for i, u_hat, factor in votes.chunks():
+            scratch = votes.scratch[: len(u_hat)]
+            c = logits(u_hat, state, votes.method, scratch).softmax(1).unsqueeze(2)
+            self.add(i, torch.mul(c, ds, out=scratch), u_hat, factor)
+
+    def add_full(self, ds: Tensor, state: Tensor) -> Tensor:
+        """d(u_hat_ij) through the sum and the couplings of one iteration; returns d(state)."""
+        votes = self.votes
+        dstate = torch.zeros_like(state)
+        for i, u_hat, factor in votes.chunks():
+            scratch = votes.scratch[: len(u_hat)]
+            c = logits(u_hat, state, votes.method, scratch).softmax(1)  # [n, J, B]
+            dc = torch.mul(u_hat, ds, out=scratch).sum(2)
+            db = c * (dc - (c * dc).sum(1, keepdim=True))
+            g = torch.mul(c.unsqueeze(2), ds, out=scratch)
+            if votes.method == "rba":
+                g.addcmul_(db.unsqueeze(2), state)
+                dstate += (u_hat * db.unsqueeze(2)).sum(0)
+            else:
+                to_vote = distance_gradient(u_hat, state, db)
+                g += to_vote
+                dstate -= to_vote.sum(0)
+            self.add(i, g, u_hat, factor)
+        return dstate
+
+    def add(
+        self, i: slice, g: Tensor, u_hat: Tensor | None = None, factor: Tensor | None = None
+    ) -> None:
+        """Adds what d(u_hat_i) = g [n, J, D, B] contributes; u_hat and factor only for sda."""
+        u, W = self.votes.u[i], self.votes.W[i]
+        if u_hat is not None and factor is not None:
+            length = torch.linalg.vector_norm(u, dim=1, keepdim=True)  # [n, 1, B]
+            along = (g * u_hat).sum(2) / length
+            along = torch.where(factor < 1, along, 0)  # d|u_i| of every shortened vote
+            g = (g - u_hat * (along / length.where(length > 0, 1)).unsqueeze(2)) * factor.unsqueeze(2)
+            direction = u / length.where(length > 0, 1)
+            self.u[i] += direction * along.sum(1, keepdim=True)
+        self.u[i].baddbmm_(W, g.flatten(1, 2))
+        self.W[i].baddbmm_(u, g.flatten(1, 2).mT)
+
+
+def routing_state(v_all: list[Tensor], method: str) -> Tensor:
+    """What the next couplings depend on: V = v(1) + ... + v(r - 1) for rba, v(r - 1) for sda."""
+    return torch.stack(v_all).sum(0) if method == "rba" else v_all[-1]
+
+
+def logits(u_hat: Tensor, state: Tensor, method: str, scratch: Tensor) -> Tensor:
+    """Logits [n, J, B] of votes [n, J, D, B] given the state [J, D, B]."""
+    if method == "rba":
+        return torch.mul(u_hat, state, out=scratch[: len(u_hat)]).sum(2)
+    d, m = distances(u_hat, state)
+    return torch.where(m > 0, distance_scale(d.shape[1]) * d / m, 0)
+
+
+def distances(u_hat: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """d_ij = |v_j - u_hat_ij| [n, J, B] and their mean over j, m_i [n, 1, B]."""
+    d = torch.linalg.vector_norm(u_hat - v, dim=2)
+    return d, d.mean(1, keepdim=True)
+
+
+def distance_gradient(u_hat: Tensor, v: Tensor, db: Tensor) -> Tensor:
+    """d(u_hat_ij) from db_ij, for b_ij = scale d_ij / m_i; d(v_j) is minus its sum over i."""
+    d, m = distances(u_hat, v)
+    dd = torch.where(m > 0, distance_scale(d.shape[1]) * (db - (db * d).mean(1, keepdim=True) / m) / m, 0)
+    per_length = torch.where(d > 0, dd / d, 0)
+    return (u_hat - v) * per_length.unsqueeze(2)
+
+
+def squash(s: Tensor) -> Tensor:
+    """The reference's formula for vectors along dimension 1 of s [J, D, B]."""
+    n = torch.linalg.vector_norm(s, dim=1, keepdim=True)
+    return s * (n / (1 + n * n))
+
+
+def squash_gradient(s: Tensor, dv: Tensor) -> Tensor:
+    """ds = n / (1 + n^2) dv + (1 - n^2) / (1 + n^2)^2 (dv . s / n) s, vectors along dimension 1."""
+    n = torch.linalg.vector_norm(s, dim=1, keepdim=True)
+    q = 1 + n * n
+    direction = s / n.where(n > 0, 1)
+    slope = (1 - n * n) / q / q
+    return dv * (n / q) + s * (slope * (dv * direction).sum(1, keepdim=True))

@@ -1,0 +1,65 @@
+"""The specification of routing, in eager PyTorch for any float dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..squash.reference import squash
+from ..votes.reference import votes
+
+
+def routing(
+    u: Tensor,
+    W: Tensor,
+    *,
+    iterations: int = 3,
+    method: str = "rba",
+    routing_grad: str = "final",
+    bias: Tensor | None = None,
+    sda_mean: str = "input",
+) -> Tensor:
+    """Route u [B, N, K] through W [N, K, J, D] to capsules [B, J, D]; see `op.routing`."""
+    u_hat = votes(u, W)  # [B, N, J, D]
+    if method == "sda":
+        u_hat = shorten(u_hat, u)
+    b = u_hat.new_zeros(u_hat.shape[:3])  # logits [B, N, J]
+    for r in range(iterations):
+        last = r == iterations - 1
+        c = b.softmax(-1)
+        constant = routing_grad == "final"
+        c = c.detach() if constant else c
+        vote = u_hat.detach() if constant and not last else u_hat
+        s = (c.unsqueeze(-1) * vote).sum(1)  # [B, J, D]
+        v = squash(s if bias is None else s + bias)
+        if not last:
+            agreement = (vote * v.unsqueeze(1)).sum(-1)
+            b = b + agreement if method == "rba" else distance_logits(vote, v, sda_mean)
+    return v
+
+
+def shorten(u_hat: Tensor, u: Tensor) -> Tensor:
+    """No vote of scaled-distance agreement is longer than the capsule that casts it."""
+    vote_length = torch.linalg.vector_norm(u_hat, dim=-1)  # [B, N, J]
+    length = torch.linalg.vector_norm(u, dim=-1).unsqueeze(-1)  # [B, N, 1]
+    too_long = vote_length > length
+    scale = torch.where(too_long, length / vote_length.where(too_long, 1), 1)
+    return u_hat * scale.unsqueeze(-1)
+
+
+def distance_logits(u_hat: Tensor, v: Tensor, sda_mean: str) -> Tensor:
+    """b_ij = t_i |v_j - u_hat_ij|, scaled so that a vote at half the mean distance gets c = 0.9.
+
+    All distances zero is a tie: equal logits.
+    """
+    d = torch.linalg.vector_norm(v.unsqueeze(1) - u_hat, dim=-1)  # [B, N, J]
+    m = d.mean(-1, keepdim=True) if sda_mean == "input" else d.mean()
+    tie = m == 0
+    return torch.where(tie, 0, distance_scale(d.shape[-1]) * d / m.where(~tie, 1))
+
+
+def distance_scale(J: int) -> float:
+    """t_i m_i = [log(0.9 (J - 1)) - log 0.1] / (0.5 - 1); with J = 1 any finite value serves."""
+    return -2 * (math.log(0.9 * max(J - 1, 1)) - math.log(0.1))

@@ -1,0 +1,33 @@
+"""Momentum capsule networks with fused routing."""
+
+from .layers import CapsuleLayer, PrimaryCapsules
+from .loss import CapsuleLoss, LossParts, MarginLoss
+from .model import (
+    CapsNet,
+    CapsNetConfig,
+    CapsNetOutput,
+    Decoder,
+    MoCapsNet,
+    ResCapsNet,
+    build_model,
+)
+from .reversible import MomentumStack, ResidualStack
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapsNet",
+    "CapsNetConfig",
+    "CapsNetOutput",
+    "CapsuleLayer",
+    "CapsuleLoss",
+    "Decoder",
+    "LossParts",
+    "MarginLoss",
+    "MoCapsNet",
+    "MomentumStack",
+    "PrimaryCapsules",
+    "ResCapsNet",
+    "ResidualStack",
+    "build_model",
+]

@@ -1,0 +1,146 @@
+"""Capsule layers: one parameter, or none, and one call of a fused operation each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import primary_capsules, routing
+
+
+class PrimaryCapsules(nn.Module):
+    """Groups neighbouring channels of a feature map into squashed capsules.
+
+    Args:
+        dim: components per capsule.
+        backend: see `mocapsnet.kernels.primary_capsules`.
+    Shapes: feature maps [B, C, H, Wd] -> capsules [B, (C // dim) * H * Wd, dim].
+    """
+
+    def __init__(self, dim: int, *, backend: str | None = None):
+        super().__init__()
+        self.dim = dim
+        self.backend = backend
+
+    def forward(self, features: Tensor) -> Tensor:
+        return primary_capsules(features, self.dim, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class CapsuleLayer(nn.Module):
+    """A fully connected capsule layer with dynamic routing.
+
+    With `init="length"` the transformation matrices are drawn from a normal distribution whose
+    standard deviation makes the root mean square length of the weighted sums s, before squash,
+    close to `sum_length` when the input capsules have root mean square length `in_length`; see
+    `weight_std`. With `init="paper"` the standard deviation is 0.01 whatever the shape; squash is
+    quadratic near zero, so stacked layers then start with vanishing capsules and do not train.
+
+    Args:
+        in_capsules: N, in_dim: K, out_capsules: J, out_dim: D.
+        iterations, method, routing_grad, sda_mean, backend: see `mocapsnet.kernels.routing`.
+        bias: adds a learned vector [J, D] to the weighted sums, zero at the start.
+        init: "length" or "paper".
+        in_length: expected root mean square length of the input capsules, in (0, 1] as a rule.
+        sum_length: wanted root mean square length of the weighted sums.
+    Shapes: capsules [B, N, K] -> [B, J, D]; `weight` is [N, K, J, D].
+    Raises: ValueError if a size or a length is not positive, or `init` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int,
+        *,
+        iterations: int = 3,
+        method: str = "rba",
+        routing_grad: str = "final",
+        sda_mean: str = "input",
+        bias: bool = False,
+        init: str = "length",
+        in_length: float = 0.5,
+        sum_length: float = 0.5,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        sizes = (in_capsules, in_dim, out_capsules, out_dim)
+        if min(sizes) < 1:
+            raise ValueError(
+                f"in_capsules, in_dim, out_capsules and out_dim must be positive; got {sizes}"
+            )
+        if init not in ("length", "paper"):
+            raise ValueError(f"init must be 'length' or 'paper'; got {init!r}")
+        if min(in_length, sum_length) <= 0:
+            raise ValueError(
+                f"in_length and sum_length must be positive; got {in_length} and {sum_length}"
+            )
+        self.iterations = iterations
+        self.method = method
+        self.routing_grad = routing_grad
+        self.sda_mean = sda_mean
+        self.backend = backend
+        self.std = 0.01
+        if init == "length":
+            rounds = iterations if method == "rba" else 1
+            self.std = weight_std(sizes, in_length, sum_length, rounds)
+        self.weight = nn.Parameter(torch.empty(sizes))
+        self.bias = nn.Parameter(torch.empty(out_capsules, out_dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return routing(
+            u,
+            self.weight,
+            iterations=self.iterations,
+            method=self.method,
+            routing_grad=self.routing_grad,
+            bias=self.bias,
+            sda_mean=self.sda_mean,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        N, K, J, D = self.weight.shape
+        return (
+            f"{N} x {K} -> {J} x {D}, iterations={self.iterations}, method={self.method!r}, "
+            f"routing_grad={self.routing_grad!r}"
+        )
+
+
+def squashed(length: float) -> float:
+    """Length of a vector after squash."""
+    return length**2 / (1 + length**2)
+
+
+def weight_std(
+    shape: tuple[int, int, int, int], in_length: float, sum_length: float, iterations: int
+) -> float:
+    """Standard deviation of W [N, K, J, D] that gives weighted sums of length `sum_length`.
+
+    With equal couplings 1 / J, E|s|^2 = N D (std * in_length / J)^2 =: t^2. Further iterations of
+    routing by agreement lengthen s: to first order a coupling grows by (u_hat_ij . V_j) (1 - 1/J)
+    / J, which adds to s the covariance of the votes times V, and that is t^2 (J - 1) / D times V.
+    So s(r) = t + t^2 (J - 1) / D (|v(1)| + ... + |v(r - 1)|) grows with t, and the t that makes
+    s(R) equal to `sum_length` is found by bisection.
+    """
+    N, _, J, D = shape
+    low, high = 0.0, sum_length
+    for _ in range(60):
+        t = (low + high) / 2
+        s, V = t, 0.0
+        for _ in range(iterations - 1):
+            V += squashed(s)
+            s = t + t**2 * (J - 1) / D * V
+        low, high = (t, high) if s < sum_length else (low, t)
+    return high * J / (in_length * math.sqrt(N * D))

@@ -1,0 +1,96 @@
+"""Margin loss and its sum with the reconstruction loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .model import CapsNetOutput
+
+
+class MarginLoss(nn.Module):
+    """Wants the class capsule of the true class long and all others short.
+
+    L = sum_k T_k max(0, upper - |v_k|)^2 + down_weight (1 - T_k) max(0, |v_k| - lower)^2
+
+    Args:
+        upper, lower: margins m+ and m- on the capsule's length.
+        down_weight: weight of the absent classes.
+        reduction: "sum" over the batch, as published, or "mean".
+    Shapes: lengths [B, classes], labels [B] (integers) -> scalar.
+    Raises: ValueError if `reduction` is unknown.
+    Source: Sabour et al. 2017, equation 4.
+    """
+
+    def __init__(
+        self,
+        upper: float = 0.9,
+        lower: float = 0.1,
+        down_weight: float = 0.5,
+        reduction: str = "sum",
+    ):
+        super().__init__()
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean'; got {reduction!r}")
+        self.upper = upper
+        self.lower = lower
+        self.down_weight = down_weight
+        self.reduction = reduction
+
+    def forward(self, lengths: Tensor, labels: Tensor) -> Tensor:
+        lengths = lengths.float() if lengths.itemsize < 4 else lengths
+        classes = torch.arange(lengths.shape[1], device=lengths.device)
+        present = (self.upper - lengths).clamp(min=0).square()
+        absent = self.down_weight * (lengths - self.lower).clamp(min=0).square()
+        loss = torch.where(labels.unsqueeze(1) == classes, present, absent).sum(1)
+        return loss.sum() if self.reduction == "sum" else loss.mean()
+
+
+class LossParts(NamedTuple):
+    """Scalars: total = margin + reconstruction_weight * reconstruction."""
+
+    total: Tensor
+    margin: Tensor
+    reconstruction: Tensor
+
+
+class CapsuleLoss(nn.Module):
+    """Margin loss plus the weighted squared error of the reconstruction.
+
+    As published, both parts are summed: over classes and pixels of a sample, and over the batch.
+    Adam's steps do not depend on the scale of the loss as long as gradients are well above its
+    epsilon, which the sum helps; gradient clipping, weight decay inside the loss and plain SGD do
+    depend on it: with those, use `reduction="mean"` or a learning rate divided by the batch size.
+
+    Args:
+        reconstruction_weight: lambda of the paper's equation 1, per sample and pixel.
+        reduction: "sum" over the batch, or "mean".
+        margin: the margin loss; None for the published margins.
+    Shapes: output of a model, pixels in [0, 1] [B, C, H, W], labels [B] -> `LossParts`.
+    Raises: ValueError if the pixels do not have the shape of the reconstruction.
+    """
+
+    def __init__(
+        self,
+        reconstruction_weight: float = 5e-4,
+        reduction: str = "sum",
+        margin: MarginLoss | None = None,
+    ):
+        super().__init__()
+        self.reconstruction_weight = reconstruction_weight
+        self.margin = margin or MarginLoss(reduction=reduction)
+        self.reduction = reduction
+
+    def forward(self, output: CapsNetOutput, pixels: Tensor, labels: Tensor) -> LossParts:
+        if pixels.shape != output.reconstruction.shape:
+            raise ValueError(
+                f"pixels {list(pixels.shape)} must have the shape of the reconstruction "
+                f"{list(output.reconstruction.shape)}"
+            )
+        margin = self.margin(output.lengths, labels)
+        error = (output.reconstruction - pixels).square().flatten(1).sum(1)
+        reconstruction = error.sum() if self.reduction == "sum" else error.mean()
+        total = margin + self.reconstruction_weight * reconstruction
+        return LossParts(total, margin, reconstruction)

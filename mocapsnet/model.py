@@ -1,0 +1,294 @@
+"""Capsule networks for image classification: plain, residual, and with momentum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import CapsuleLayer, PrimaryCapsules, squashed
+from .reversible import MomentumStack, ResidualStack
+
+HIDDEN_SUM_LENGTH = 0.5
+CLASS_SUM_LENGTH = 0.35
+
+
+@dataclass(frozen=True)
+class CapsNetConfig:
+    """What the three networks are built from; the defaults are the paper's, section 4.1.
+
+    Args:
+        image_shape: channels, height and width of the images.
+        classes: number of classes.
+        blocks: residual blocks of two capsule layers each between the first and the last capsule
+            layer; 0 for none.
+        capsules, capsule_dim: capsules per hidden layer, components of each.
+        class_dim: components of a class capsule.
+        channels, kernel_size, stride: of the two convolutions; the first has stride 1, the second
+            makes primary capsules of `capsule_dim` channels.
+        decoder: units of the decoder's hidden layers.
+        iterations, method, routing_grad, sda_mean, routing_backend: see `mocapsnet.kernels.routing`.
+        init: "length" or "paper", see `CapsuleLayer` and `CapsNet`.
+        gamma, velocity, memory, anchor_every: see `MomentumStack`; used by `MoCapsNet` only.
+    """
+
+    image_shape: tuple[int, int, int]
+    classes: int
+    blocks: int = 1
+    capsules: int = 32
+    capsule_dim: int = 8
+    class_dim: int = 16
+    channels: int = 256
+    kernel_size: int = 9
+    stride: int = 2
+    decoder: tuple[int, ...] = (512, 1024)
+    iterations: int = 3
+    method: str = "rba"
+    routing_grad: str = "final"
+    sda_mean: str = "input"
+    init: str = "length"
+    gamma: float = 0.9
+    velocity: str = "network"
+    memory: str = "reversible"
+    anchor_every: int | None = None
+    routing_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise ValueError(
+                f"image_shape must be (channels, height, width); got {self.image_shape}"
+            )
+        for name in ("classes", "capsules", "capsule_dim", "class_dim", "kernel_size", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.blocks < 0:
+            raise ValueError(f"blocks must be at least 0; got {self.blocks}")
+        if self.channels < 1 or self.channels % self.capsule_dim:
+            raise ValueError(
+                f"channels must be a multiple of capsule_dim={self.capsule_dim}; "
+                f"got {self.channels}"
+            )
+        if min(self.feature_size) < 1:
+            smallest = 2 * self.kernel_size - 1
+            raise ValueError(
+                f"images of {self.image_shape[1]}x{self.image_shape[2]} pixels are too small for "
+                f"two convolutions of kernel_size={self.kernel_size}: use images of at least "
+                f"{smallest}x{smallest} pixels or a smaller kernel_size"
+            )
+
+    @property
+    def feature_size(self) -> tuple[int, int]:
+        """Height and width after both convolutions; below 1 if the image is too small."""
+        height, width = (
+            (size - 2 * (self.kernel_size - 1) - 1) // self.stride + 1
+            for size in self.image_shape[1:]
+        )
+        return height, width
+
+    @property
+    def primary_capsules(self) -> int:
+        return self.channels // self.capsule_dim * math.prod(self.feature_size)
+
+
+class CapsNetOutput(NamedTuple):
+    """lengths [B, classes] in [0, 1); capsules [B, classes, class_dim]; reconstruction [B, C, H, W]."""
+
+    lengths: Tensor
+    capsules: Tensor
+    reconstruction: Tensor
+
+
+class Decoder(nn.Module):
+    """Reconstructs pixels from the class capsules: dense layers with ReLU, sigmoid at the end.
+
+    Args:
+        in_features: classes * class_dim.
+        hidden: units of the hidden layers.
+        image_shape: channels, height and width.
+    Shapes: masked capsules [B, classes, class_dim] -> pixels in [0, 1] [B, C, H, W].
+    """
+
+    def __init__(
+        self, in_features: int, hidden: tuple[int, ...], image_shape: tuple[int, int, int]
+    ):
+        super().__init__()
+        sizes = [in_features, *hidden]
+        layers: list[nn.Module] = []
+        for size_in, size_out in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(size_in, size_out), nn.ReLU()]
+        self.layers = nn.Sequential(
+            *layers, nn.Linear(sizes[-1], math.prod(image_shape)), nn.Sigmoid()
+        )
+        self.image_shape = image_shape
+
+    def forward(self, capsules: Tensor) -> Tensor:
+        return self.layers(capsules.flatten(1)).unflatten(1, self.image_shape)
+
+
+class CapsNet(nn.Module):
+    """A capsule network: two convolutions, primary capsules, capsule layers, decoder.
+
+    With `init="length"` every capsule layer starts with weighted sums of known length, about 0.5
+    in hidden layers and 0.35 in the class layer, at any depth and without looking at data. Both
+    convolutions start by keeping the mean square of their input (He initialisation), which is 1
+    for normalised images, so a primary capsule of K components starts with length sqrt(K) before
+    squash, where squash is flat: its length is K / (1 + K), whatever the images. From there the
+    expected length of the capsules that reach a layer is followed in closed form through the stack
+    (`stack_lengths`), and `CapsuleLayer` draws its weights for that length. `init="paper"` leaves
+    the convolutions at PyTorch's default and draws all transformation matrices from N(0, 0.01^2).
+
+    Under autocast only the convolutions run in the lower precision.
+
+    Args:
+        image_shape: channels, height and width of the images.
+        classes: number of classes.
+        options: any other field of `CapsNetConfig`.
+    Shapes: images [B, C, H, W], normalised; labels [B] or None -> `CapsNetOutput`. The decoder
+        sees the capsule of the class in `labels`, or of the longest capsule if None.
+    Raises: ValueError if an option is out of range or the images are too small.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], classes: int, **options: Any):
+        super().__init__()
+        c = self.config = CapsNetConfig(tuple(image_shape), classes, **options)  # type: ignore[arg-type]
+        kernel, channels = c.kernel_size, c.channels
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(c.image_shape[0], channels, kernel),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel, stride=c.stride),
+        )
+        self.primary = PrimaryCapsules(c.capsule_dim)
+
+        if c.init == "length":
+            keep_mean_square(self.convolutions[0], gain=math.sqrt(2))  # ReLU halves the mean square
+            keep_mean_square(self.convolutions[2], gain=1)
+
+        lengths = self.stack_lengths(squashed(HIDDEN_SUM_LENGTH), 2 * c.blocks)
+        self.first = self.capsule_layer(
+            c.primary_capsules, c.capsules, c.capsule_dim, squashed(math.sqrt(c.capsule_dim))
+        )
+        self.stack = self.make_stack(
+            [
+                self.capsule_layer(c.capsules, c.capsules, c.capsule_dim, length)
+                for length in lengths[:-1]
+            ]
+        )
+        self.last = self.capsule_layer(
+            c.capsules, c.classes, c.class_dim, lengths[-1], CLASS_SUM_LENGTH
+        )
+        self.decoder = Decoder(c.classes * c.class_dim, c.decoder, c.image_shape)
+
+    def capsule_layer(
+        self,
+        in_capsules: int,
+        out_capsules: int,
+        out_dim: int,
+        in_length: float,
+        sum_length: float = HIDDEN_SUM_LENGTH,
+    ) -> CapsuleLayer:
+        c = self.config
+        return CapsuleLayer(
+            in_capsules,
+            c.capsule_dim,
+            out_capsules,
+            out_dim,
+            iterations=c.iterations,
+            method=c.method,
+            routing_grad=c.routing_grad,
+            sda_mean=c.sda_mean,
+            init=c.init,
+            in_length=in_length,
+            sum_length=sum_length,
+            backend=c.routing_backend,
+        )
+
+    def make_stack(self, layers: list[CapsuleLayer]) -> nn.Module:
+        return nn.Sequential(*layers)
+
+    def stack_lengths(self, hidden: float, layers: int) -> list[float]:
+        """Root mean square length of the capsules that enter each layer of the stack, and leave it.
+
+        `hidden` is the length that every hidden capsule layer puts out; the sum of independent
+        outputs has the sum of their squares.
+        """
+        return [hidden] * (layers + 1)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
+        if images.shape[1:] != self.config.image_shape:
+            raise ValueError(
+                f"images must be [B, {', '.join(map(str, self.config.image_shape))}]; "
+                f"got {list(images.shape)}"
+            )
+        features = self.convolutions(images)
+        with torch.autocast(images.device.type, enabled=False):
+            features = features.to(torch.promote_types(features.dtype, self.last.weight.dtype))
+            capsules = self.last(self.stack(self.first(self.primary(features))))
+            lengths = torch.linalg.vector_norm(capsules, dim=-1)
+            shown = lengths.argmax(1) if labels is None else labels
+            classes = torch.arange(lengths.shape[1], device=lengths.device)
+            mask = shown.unsqueeze(1) == classes  # [B, classes]
+            reconstruction = self.decoder(capsules * mask.unsqueeze(-1))
+        return CapsNetOutput(lengths, capsules, reconstruction)
+
+
+class ResCapsNet(CapsNet):
+    """A capsule network with a shortcut around every capsule layer of its blocks.
+
+    Source: Gugglberger et al. 2021. Arguments as for `CapsNet`.
+    """
+
+    def make_stack(self, layers: list[CapsuleLayer]) -> nn.Module:
+        return ResidualStack(layers)
+
+    def stack_lengths(self, hidden: float, layers: int) -> list[float]:
+        return [hidden * math.sqrt(1 + n) for n in range(layers + 1)]
+
+
+class MoCapsNet(CapsNet):
+    """A capsule network whose residual blocks are reversible through momentum.
+
+    Source: Momentum Capsule Networks, section 3. Arguments as for `CapsNet`.
+    """
+
+    def make_stack(self, layers: list[CapsuleLayer]) -> nn.Module:
+        c = self.config
+        return MomentumStack(
+            layers,
+            gamma=c.gamma,
+            velocity=c.velocity,
+            memory=c.memory,
+            anchor_every=c.anchor_every,
+        )
+
+    def stack_lengths(self, hidden: float, layers: int) -> list[float]:
+        """A layer's output reaches x with weight 1 - gamma^k, k steps later.
+
+        With velocity "block" the weight stops growing at the end of its block of two layers.
+        """
+        gamma, block = self.config.gamma, self.config.velocity == "block"
+        lengths = []
+        for n in range(layers + 1):
+            ends = [min(n, m - m % 2 + 2) if block else n for m in range(n)]
+            weights = [1 - gamma ** (end - m) for m, end in enumerate(ends)]
+            lengths.append(hidden * math.sqrt(1 + sum(w * w for w in weights)))
+        return lengths
+
+
+MODELS = {"capsnet": CapsNet, "rescapsnet": ResCapsNet, "mocapsnet": MoCapsNet}
+
+
+def build_model(name: str, config: CapsNetConfig) -> CapsNet:
+    """The network called `name`, "capsnet", "rescapsnet" or "mocapsnet", of a configuration."""
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
+    return MODELS[name](**vars(config))
+
+
+def keep_mean_square(convolution: nn.Module, gain: float) -> None:
+    """Draws weights of variance gain^2 / fan_in, and clears the bias."""
+    weight, bias = convolution.get_parameter("weight"), convolution.get_parameter("bias")
+    nn.init.normal_(weight, std=gain / math.sqrt(weight[0].numel()))
+    nn.init.zeros_(bias)
