@@ -18,7 +18,9 @@ def tensor(name: str, x: Tensor, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor [{shape}]; got {type(x).__name__}")
     if not x.is_floating_point():
-        raise ValueError(f"{name} must be floating point; got {x.dtype}: convert it, as {name}.float()")
+        raise ValueError(
+            f"{name} must be floating point; got {x.dtype}: convert it, as {name}.float()"
+        )
     if x.dim() != len(shape.split()):
         raise ValueError(
             f"{name} must have {len(shape.split())} dimensions [{shape}]; got shape {list(x.shape)}"

@@ -30,7 +30,8 @@ class CapsNetConfig:
         channels, kernel_size, stride: of the two convolutions; the first has stride 1, the second
             makes primary capsules of `capsule_dim` channels.
         decoder: units of the decoder's hidden layers.
-        iterations, method, routing_grad, sda_mean, routing_backend: see `mocapsnet.kernels.routing`.
+        iterations, method, routing_grad, sda_mean, routing_backend: see
+            `mocapsnet.kernels.routing`.
         init: "length" or "paper", see `CapsuleLayer` and `CapsNet`.
         gamma, velocity, memory, anchor_every: see `MomentumStack`; used by `MoCapsNet` only.
     """
@@ -94,7 +95,7 @@ class CapsNetConfig:
 
 
 class CapsNetOutput(NamedTuple):
-    """lengths [B, classes] in [0, 1); capsules [B, classes, class_dim]; reconstruction [B, C, H, W]."""
+    """lengths [B, classes]; capsules [B, classes, class_dim]; reconstruction [B, C, H, W]."""
 
     lengths: Tensor
     capsules: Tensor

@@ -1,10 +1,14 @@
-"""The public function `primary_capsules`."""
+"""Primary capsules as a torch.library operation with autograd, and `primary_capsules`."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import checks
+from ..launch import device_of, implementation
 from . import reference
 
 
@@ -15,19 +19,61 @@ def primary_capsules(features: Tensor, dim: int, *, backend: str | None = None) 
     channel group, then row, then column.
 
     Args:
-        features: feature maps [B, C, H, Wd], floating point, C a multiple of `dim`.
+        features: feature maps [B, C, H, Wd], floating point, C a multiple of `dim`; contiguous or
+            channels-last.
         dim: components per capsule.
-        backend: None or "reference" (eager PyTorch).
+        backend: None chooses by device; "reference" is eager PyTorch, the choice for CPUs;
+            "triton" regroups and squashes in one pass, the choice for GPUs.
     Returns: capsules [B, (C // dim) * H * Wd, dim], length of each in [0, 1), dtype of `features`.
     Raises: ValueError if `features` has another rank or dtype, C is not a multiple of `dim`, or
-        the backend is unknown.
+        the backend is unknown or cannot run here.
     Source: Sabour et al. 2017, section 4.
     """
     checks.tensor("features", features, "B C H Wd")
-    checks.choice("backend", backend, (None, "reference"))
     if dim < 1 or features.shape[1] % dim:
         raise ValueError(
             f"the {features.shape[1]} channels of features {list(features.shape)} cannot be "
             f"grouped into capsules of dim={dim}: use a positive divisor of the channel count"
         )
-    return reference.primary_capsules(features, dim)
+    if implementation(features, backend, eager="reference") == "reference":
+        return reference.primary_capsules(features, dim)
+    return primary_forward(features, dim)
+
+
+@torch.library.custom_op("mocapsnet::primary_capsules", mutates_args=())
+def primary_forward(features: Tensor, dim: int) -> Tensor:
+    from . import triton
+
+    with device_of(features):
+        return triton.forward(features, dim)
+
+
+@primary_forward.register_fake
+def _(features: Tensor, dim: int) -> Tensor:
+    B, C, H, Wd = features.shape
+    return features.new_empty(B, C // dim * H * Wd, dim)
+
+
+@torch.library.custom_op("mocapsnet::primary_capsules_backward", mutates_args=())
+def primary_backward(features: Tensor, dv: Tensor, dim: int) -> Tensor:
+    from . import triton
+
+    with device_of(features):
+        return triton.backward(features, dv, dim)
+
+
+@primary_backward.register_fake
+def _(features: Tensor, dv: Tensor, dim: int) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, ctx.dim = inputs
+    ctx.save_for_backward(features)
+
+
+def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor, None]:
+    return primary_backward(*ctx.saved_tensors, dv, ctx.dim), None
+
+
+primary_forward.register_autograd(_backward, setup_context=_setup_context)

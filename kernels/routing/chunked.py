@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..launch import accumulation_dtype
 from .reference import distance_scale
 
 KEPT_BYTES = 32 << 20
@@ -28,10 +29,6 @@ def chunk_bytes() -> int:
     except (AttributeError, OSError, ValueError):
         last_level = 0
     return min(max(last_level // 16, 1 << 20), 8 << 20)
-
-
-def accumulation_dtype(u: Tensor, W: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(u.dtype, W.dtype), torch.float32)
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
@@ -198,7 +195,9 @@ class Gradients:
             length = torch.linalg.vector_norm(u, dim=1, keepdim=True)  # [n, 1, B]
             along = (g * u_hat).sum(2) / length
             along = torch.where(factor < 1, along, 0)  # d|u_i| of every shortened vote
-            g = (g - u_hat * (along / length.where(length > 0, 1)).unsqueeze(2)) * factor.unsqueeze(2)
+            g = (g - u_hat * (along / length.where(length > 0, 1)).unsqueeze(2)) * factor.unsqueeze(
+                2
+            )
             direction = u / length.where(length > 0, 1)
             self.u[i] += direction * along.sum(1, keepdim=True)
         self.u[i].baddbmm_(W, g.flatten(1, 2))
@@ -227,7 +226,9 @@ def distances(u_hat: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def distance_gradient(u_hat: Tensor, v: Tensor, db: Tensor) -> Tensor:
     """d(u_hat_ij) from db_ij, for b_ij = scale d_ij / m_i; d(v_j) is minus its sum over i."""
     d, m = distances(u_hat, v)
-    dd = torch.where(m > 0, distance_scale(d.shape[1]) * (db - (db * d).mean(1, keepdim=True) / m) / m, 0)
+    dd = torch.where(
+        m > 0, distance_scale(d.shape[1]) * (db - (db * d).mean(1, keepdim=True) / m) / m, 0
+    )
     per_length = torch.where(d > 0, dd / d, 0)
     return (u_hat - v) * per_length.unsqueeze(2)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..launch import accumulation_dtype, device_of, implementation
 from . import chunked, reference
 
 METHODS = ("rba", "sda")
 ROUTING_GRADS = ("final", "full")
 SDA_MEANS = ("input", "batch")
-BACKENDS = (None, "reference", "chunked")
 
 
 def routing(
@@ -51,8 +51,10 @@ def routing(
             batch, input and output capsules, "batch", as the published code of Momentum Capsule
             Networks does; then a sample's output depends on the others in its batch. "batch" runs
             on the reference implementation only.
-        backend: None chooses by device; "reference" is eager PyTorch with all votes in memory,
-            "chunked" is PyTorch with a few input capsules' votes in memory at a time.
+        backend: None chooses by device; "reference" is eager PyTorch with all votes in memory;
+            "chunked" is PyTorch with a few input capsules' votes in memory at a time, the choice
+            for CPUs; "triton" is fused kernels, the choice for GPUs. The kernels have
+            method "rba" with routing_grad "final"; on a GPU the rest runs chunked.
     Returns: output capsules [B, J, D], length of each in [0, 1).
     Raises: ValueError if a shape, dtype, device or option does not fit; the message says which.
     Source: Sabour et al. 2017, procedure 1 (rba); Peer et al. 2018, "gamma-capsules" (sda); see
@@ -64,7 +66,6 @@ def routing(
     checks.choice("method", method, METHODS)
     checks.choice("routing_grad", routing_grad, ROUTING_GRADS)
     checks.choice("sda_mean", sda_mean, SDA_MEANS)
-    checks.choice("backend", backend, BACKENDS)
     if bias is not None:
         checks.tensor("bias", bias, "J D")
         if bias.shape != W.shape[2:] or bias.device != u.device:
@@ -72,14 +73,24 @@ def routing(
                 f"bias must be [J, D] = {list(W.shape[2:])} on {u.device}; "
                 f"got {list(bias.shape)} on {bias.device}"
             )
-    batch_mean = method == "sda" and sda_mean == "batch"
-    if batch_mean and backend == "chunked":
-        raise ValueError('sda_mean="batch" needs backend="reference" or None; got "chunked"')
-    if backend == "reference" or batch_mean:
+    chosen = implementation(u, backend, eager="chunked")
+    if chosen == "triton" and (method, routing_grad) != ("rba", "final"):
+        if backend == "triton":
+            raise ValueError(
+                'backend="triton" has method="rba" with routing_grad="final"; got '
+                f'method="{method}" with routing_grad="{routing_grad}": use backend=None'
+            )
+        chosen = "chunked"
+    if method == "sda" and sda_mean == "batch":
+        if backend not in (None, "reference"):
+            raise ValueError(f'sda_mean="batch" needs backend="reference" or None; got "{backend}"')
+        chosen = "reference"
+    if chosen == "reference":
         return _reference(u, W, iterations, method, routing_grad, bias, sda_mean)
     needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
-    keep = needs_grad and method == "rba" and routing_grad == "final" and iterations > 1
-    return routing_forward(u, W, bias, iterations, method, routing_grad, keep)[0]
+    keep = needs_grad and iterations > 1
+    keep = keep and (chosen, method, routing_grad) == ("chunked", "rba", "final")
+    return routing_forward(u, W, bias, iterations, method, routing_grad, keep, chosen)[0]
 
 
 def _reference(
@@ -113,8 +124,15 @@ def routing_forward(
     method: str,
     routing_grad: str,
     keep: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v [B, J, D], the sums of every iteration [R, B, J, D], and the kept couplings."""
+    if backend == "triton":
+        from . import triton
+
+        with device_of(u):
+            v, sums = triton.forward(u, W, bias, iterations)
+        return v, sums, sums.new_empty(0)
     with torch.autocast(u.device.type, enabled=False):
         return chunked.forward(u, W, bias, iterations, method, keep)
 
@@ -128,9 +146,10 @@ def _(
     method: str,
     routing_grad: str,
     keep: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, (J, D) = u.shape[0], W.shape[2:]
-    acc = chunked.accumulation_dtype(u, W)
+    acc = accumulation_dtype(u, W)
     return (
         u.new_empty(B, J, D, dtype=torch.promote_types(u.dtype, W.dtype)),
         u.new_empty(iterations, B, J, D, dtype=acc),
@@ -147,8 +166,14 @@ def routing_backward(
     kept: Tensor,
     method: str,
     routing_grad: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du [B, N, K], dW [N, K, J, D] and dbias [J, D]."""
+    if backend == "triton":
+        from . import triton
+
+        with device_of(u):
+            return triton.backward(grad_v, u, W, sums)
     with torch.autocast(u.device.type, enabled=False):
         return chunked.backward(grad_v, u, W, sums, kept, method, routing_grad)
 
@@ -162,13 +187,14 @@ def _(
     kept: Tensor,
     method: str,
     routing_grad: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dbias = W.new_empty(W.shape[2:], dtype=sums.dtype)
     return u.new_empty(u.shape), W.new_empty(W.shape), dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, W, bias, _, ctx.method, ctx.routing_grad, _ = inputs
+    u, W, bias, _, ctx.method, ctx.routing_grad, _, ctx.backend = inputs
     _, sums, kept = output
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(sums, kept)
@@ -176,9 +202,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    du, dW, dbias = routing_backward(grad_v, *ctx.saved_tensors, ctx.method, ctx.routing_grad)
+    du, dW, dbias = routing_backward(
+        grad_v, *ctx.saved_tensors, ctx.method, ctx.routing_grad, ctx.backend
+    )
     dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-    return du, dW, dbias, None, None, None, None
+    return du, dW, dbias, None, None, None, None, None
 
 
 routing_forward.register_autograd(_backward, setup_context=_setup_context)

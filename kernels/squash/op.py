@@ -1,10 +1,13 @@
-"""The public function `squash`."""
+"""Squash as a torch.library operation with autograd, and the public function `squash`."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from .. import checks
+from ..launch import device_of, implementation
 from . import reference
 
 
@@ -15,14 +18,53 @@ def squash(s: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         s: vectors [..., D], floating point.
-        backend: None or "reference" (eager PyTorch).
+        backend: None chooses by device; "reference" is eager PyTorch, the choice for CPUs;
+            "triton" is a kernel, the choice for GPUs.
     Returns: squashed vectors [..., D], dtype of `s`.
     Raises: ValueError if `s` is not a floating-point tensor with at least one dimension, or the
-        backend is unknown.
+        backend is unknown or cannot run here.
     Source: Sabour et al. 2017, equation 1.
     """
     if not isinstance(s, Tensor) or not s.is_floating_point() or s.dim() == 0:
         got = f"{s.dtype} {list(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
         raise ValueError(f"s must be a floating-point tensor [..., D]; got {got}")
-    checks.choice("backend", backend, (None, "reference"))
-    return reference.squash(s)
+    if implementation(s, backend, eager="reference") == "reference":
+        return reference.squash(s)
+    return squash_forward(s)
+
+
+@torch.library.custom_op("mocapsnet::squash", mutates_args=())
+def squash_forward(s: Tensor) -> Tensor:
+    from . import triton
+
+    with device_of(s):
+        return triton.forward(s)
+
+
+@squash_forward.register_fake
+def _(s: Tensor) -> Tensor:
+    return s.new_empty(s.shape)
+
+
+@torch.library.custom_op("mocapsnet::squash_backward", mutates_args=())
+def squash_backward(s: Tensor, dv: Tensor) -> Tensor:
+    from . import triton
+
+    with device_of(s):
+        return triton.backward(s, dv)
+
+
+@squash_backward.register_fake
+def _(s: Tensor, dv: Tensor) -> Tensor:
+    return s.new_empty(s.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dv: Tensor) -> Tensor:
+    return squash_backward(*ctx.saved_tensors, dv)
+
+
+squash_forward.register_autograd(_backward, setup_context=_setup_context)

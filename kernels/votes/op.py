@@ -1,11 +1,14 @@
-"""The public function `votes`."""
+"""Votes as a torch.library operation with autograd, and the public function `votes`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..launch import device_of, implementation
 from . import reference
 
 
@@ -17,12 +20,53 @@ def votes(u: Tensor, W: Tensor, *, backend: str | None = None) -> Tensor:
     Args:
         u: input capsules [B, N, K], floating point.
         W: transformation matrices [N, K, J, D], same device. Two dtypes are promoted to one.
-        backend: None or "reference" (eager PyTorch).
+        backend: None chooses by device; "reference" is eager PyTorch, the choice for CPUs;
+            "triton" is a kernel, the choice for GPUs.
     Returns: votes [B, N, J, D].
-    Raises: ValueError if shapes, dtypes or devices do not fit, or the backend is unknown.
+    Raises: ValueError if shapes, dtypes or devices do not fit, or the backend is unknown or cannot
+        run here.
     Source: Sabour et al. 2017, equation 2.
     """
     checks.capsules_and_weight(u, W)
-    checks.choice("backend", backend, (None, "reference"))
     dtype = torch.promote_types(u.dtype, W.dtype)
-    return reference.votes(u.to(dtype), W.to(dtype))
+    if implementation(u, backend, eager="reference") == "reference":
+        return reference.votes(u.to(dtype), W.to(dtype))
+    return votes_forward(u, W)
+
+
+@torch.library.custom_op("mocapsnet::votes", mutates_args=())
+def votes_forward(u: Tensor, W: Tensor) -> Tensor:
+    from . import triton
+
+    with device_of(u):
+        return triton.forward(u, W)
+
+
+@votes_forward.register_fake
+def _(u: Tensor, W: Tensor) -> Tensor:
+    B, (N, _, J, D) = u.shape[0], W.shape
+    return u.new_empty(B, N, J, D, dtype=torch.promote_types(u.dtype, W.dtype))
+
+
+@torch.library.custom_op("mocapsnet::votes_backward", mutates_args=())
+def votes_backward(grad: Tensor, u: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    from . import triton
+
+    with device_of(grad):
+        return triton.backward(grad, u, W)
+
+
+@votes_backward.register_fake
+def _(grad: Tensor, u: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), W.new_empty(W.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return votes_backward(grad, *ctx.saved_tensors)
+
+
+votes_forward.register_autograd(_backward, setup_context=_setup_context)

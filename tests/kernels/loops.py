@@ -1,4 +1,4 @@
-"""Plain loops written straight from the formulas of the papers, one vector at a time, in float64."""
+"""Plain loops written straight from the formulas of the papers, vector by vector, in float64."""
 
 import math
 

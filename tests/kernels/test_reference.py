@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mocapsnet.kernels import primary_capsules, routing, squash, votes
 
 from . import loops
@@ -73,9 +74,7 @@ def test_full_gradient_is_the_true_derivative(method):
     bias = randn(3, 2, scale=0.1).requires_grad_()
 
     def full(u, W, bias):
-        return routing(
-            u, W, bias=bias, method=method, routing_grad="full", backend="reference"
-        )
+        return routing(u, W, bias=bias, method=method, routing_grad="full", backend="reference")
 
     assert torch.autograd.gradcheck(full, (u, W, bias))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mocapsnet.kernels import routing
 from mocapsnet.kernels.routing import chunked
 from mocapsnet.kernels.routing import reference as specification
@@ -34,7 +35,7 @@ def run(u, W, bias, g, **options):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Three input capsules or so per chunk, so that small problems have several, the last ragged."""
+    """About three input capsules per chunk: small problems have several, the last ragged."""
     monkeypatch.setattr(chunked, "chunk_bytes", lambda: 3 * 5 * 4 * 5 * 8)
 
 
@@ -56,7 +57,7 @@ def test_kept_and_recomputed_couplings_give_the_same_bits(method, keep, monkeypa
     once = run(*arguments, method=method)
     monkeypatch.setattr(chunked, "KEPT_BYTES", (1 << 20) * keep)
     u, W, bias, _ = arguments
-    kept = routing_forward(u, W, bias, 3, method, "final", True)[2]
+    kept = routing_forward(u, W, bias, 3, method, "final", True, "chunked")[2]
     assert kept.shape == ((11, 5, 4) if keep else (0,))
     for got, want in zip(run(*arguments, method=method), once, strict=True):
         assert torch.equal(got, want)
@@ -211,10 +212,10 @@ def test_opcheck(method, grad):
     u, W, bias, g = problem(B=2, N=6, K=3, J=5, D=2, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (u, W, bias)]
     keep = method == "rba" and grad == "final"
-    torch.library.opcheck(routing_forward, (*leaves, 3, method, grad, keep))
-    _, sums, kept = routing_forward(u, W, bias, 3, method, grad, keep)
+    torch.library.opcheck(routing_forward, (*leaves, 3, method, grad, keep, "chunked"))
+    _, sums, kept = routing_forward(u, W, bias, 3, method, grad, keep, "chunked")
     tensors = [x.detach() for x in (g, u, W, sums, kept)]
-    torch.library.opcheck(routing_backward, (*tensors, method, grad))
+    torch.library.opcheck(routing_backward, (*tensors, method, grad, "chunked"))
 
 
 @pytest.mark.parametrize("grad", GRADS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from mocapsnet import (
     CapsNet,
     CapsNetConfig,
@@ -103,7 +104,12 @@ def test_build_model_uses_every_field_of_the_configuration():
     model = build_model("mocapsnet", config)
     assert model.config == config
     stack = model.stack
-    assert (stack.gamma, stack.velocity, stack.memory, stack.anchor_every) == (0.7, "block", "stored", 5)
+    assert (stack.gamma, stack.velocity, stack.memory, stack.anchor_every) == (
+        0.7,
+        "block",
+        "stored",
+        5,
+    )
     for layer in [model.first, *stack.layers, model.last]:
         assert (layer.iterations, layer.method, layer.routing_grad) == (2, "sda", "full")
         assert (layer.sda_mean, layer.backend) == ("batch", "reference")

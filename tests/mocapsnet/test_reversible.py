@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from mocapsnet import CapsuleLayer, MomentumStack, ResidualStack
 from torch import nn
+
+from mocapsnet import CapsuleLayer, MomentumStack, ResidualStack
 
 
 def layers(count, dtype=torch.float64, capsules=4, dim=3, seed=0):
@@ -43,7 +44,7 @@ def test_velocity_block_restarts_every_two_layers():
     stack = MomentumStack(layers(5), gamma=0.8, velocity="block")
     x = capsules()
     with torch.no_grad():
-        expected = x
+        expected, v = x, torch.zeros_like(x)
         for n, layer in enumerate(stack.layers):
             v = torch.zeros_like(x) if n % 2 == 0 else v
             v = 0.8 * v + (1 - 0.8) * layer(expected)

@@ -1,0 +1,1 @@
+"""One module per question; run as `python -m benchmarks.NAME` from the repository's root."""

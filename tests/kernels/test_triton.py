@@ -1,0 +1,227 @@
+"""Triton kernels against the float64 references: interpreted without a GPU, native with one."""
+
+import pytest
+import torch
+
+from mocapsnet.kernels import launch, primary_capsules, routing, squash, votes
+from mocapsnet.kernels.primary.op import primary_backward, primary_forward
+from mocapsnet.kernels.routing import triton as routing_kernels
+from mocapsnet.kernels.routing.op import routing_backward, routing_forward
+from mocapsnet.kernels.squash.op import squash_backward, squash_forward
+from mocapsnet.kernels.votes.op import votes_backward, votes_forward
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SHAPES = [  # B, N, K, J, D
+    (3, 6, 3, 5, 3),  # no side a power of two
+    (2, 4, 8, 4, 8),  # every side a power of two
+    (17, 5, 2, 3, 4),  # a second, ragged batch tile
+    (1, 1, 1, 1, 1),
+    (0, 3, 2, 4, 2),  # empty batch
+]
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fresh memory is NaN, so an element that no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["on chip", "streamed", "streamed in parts"])
+def form(request, monkeypatch):
+    """Forces one form of routing, and breaks the other's kernels so that they cannot run unseen."""
+    if request.param == "on chip":
+        other = "streamed"
+    else:
+        other = "on_chip"
+        monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
+        monkeypatch.setattr(routing_kernels, "STREAM_PROGRAMS", 3)  # several input capsules each
+    if request.param == "streamed in parts":
+        monkeypatch.setattr(routing_kernels, "COUPLINGS_BYTES", 300)
+    monkeypatch.setattr(routing_kernels, f"{other}_forward_kernel", None)
+    monkeypatch.setattr(routing_kernels, f"{other}_backward_kernel", None)
+    return request.param
+
+
+def tensors(device, dtype, *shapes, scale=0.7):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(s, dtype=torch.float64, generator=generator).mul(scale).to(device, dtype)
+        for s in shapes
+    ]
+
+
+def run(function, inputs, g, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves, **options)
+    out.backward(g.to(out.dtype))
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def assert_as_good_as_eager(function, inputs, g):
+    """Element by element at most twice as far from the float64 truth as eager code's worst element
+    in the same dtype, plus one unit of the largest element; in float64 the truth is eager code
+    itself, and sums of under 100 terms leave a relative difference far below 1e-10."""
+    truth = run(function, [x.double() for x in inputs], g.double(), backend="reference")
+    eager = run(function, inputs, g, backend="reference")
+    got = run(function, inputs, g, backend="triton")
+    for x, e, t in zip(got, eager, truth, strict=True):
+        assert x.dtype == e.dtype and x.shape == e.shape
+        if x.numel():
+            unit = 1e-10 if x.dtype == torch.float64 else torch.finfo(x.dtype).eps
+            floor = unit * t.abs().max()
+            assert ((x - t).abs() <= 2 * (e - t).abs().max() + floor).all()
+
+
+def route(u, W, bias=None, **options):
+    return routing(u, W, bias=bias, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 6), (1,), (0, 4), (700, 3)])  # 700: two tiles
+def test_squash(shape, dtype, device):
+    s, g = tensors(device, dtype, shape, shape)
+    assert_as_good_as_eager(squash, [s], g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape, dim", [((2, 12, 3, 5), 4), ((1, 3, 2, 1), 3), ((0, 4, 3, 3), 2)])
+def test_primary_capsules(shape, dim, memory_format, dtype, device):
+    B, C, H, Wd = shape
+    features, g = tensors(device, dtype, shape, (B, C // dim * H * Wd, dim))
+    features = features.to(memory_format=memory_format)
+    assert_as_good_as_eager(
+        lambda f, backend: primary_capsules(f, dim, backend=backend), [features], g
+    )
+    if B:
+        assert primary_backward(features, g, dim).stride() == features.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_votes(shape, dtype, device):
+    B, N, K, J, D = shape
+    u, W, g = tensors(device, dtype, (B, N, K), (N, K, J, D), (B, N, J, D))
+    assert_as_good_as_eager(votes, [u, W], g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_routing(shape, dtype, form, device):
+    B, N, K, J, D = shape
+    u, W, bias, g = tensors(device, dtype, (B, N, K), (N, K, J, D), (J, D), (B, J, D))
+    assert_as_good_as_eager(route, [u, W, bias], g)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_routing_iterations_without_bias(iterations, form, device):
+    u, W, g = tensors(device, torch.float64, (3, 6, 3), (6, 3, 5, 3), (3, 5, 3))
+    options = dict(iterations=iterations)
+    got = run(route, [u, W], g, backend="triton", **options)
+    want = run(route, [u, W], g, backend="reference", **options)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["zero", "tiny", "huge", "tied"])
+def test_routing_of_extreme_votes(kind, form, device):
+    u, W, g = tensors(device, torch.float64, (3, 6, 4), (6, 4, 5, 3), (3, 5, 3))
+    u = u * {"zero": 0, "tiny": 1e-100, "huge": 1e8, "tied": 1}[kind]
+    W = W[:, :, :1].expand_as(W).contiguous() if kind == "tied" else W
+    want = run(route, [u, W], g, backend="reference")
+    for x, y in zip(run(route, [u, W], g, backend="triton"), want, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e18])
+def test_squash_at_extreme_lengths(scale, device):
+    s, g = tensors(device, torch.float32, (4, 6), (4, 6))
+    s = s * scale
+    want = run(squash, [s.double()], g.double(), backend="reference")
+    for x, y in zip(run(squash, [s], g, backend="triton"), want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-24)
+
+
+def test_strided_inputs_and_expanded_gradients(form, device):
+    u, W, g = tensors(device, torch.float64, (3, 4, 6), (3, 5, 6, 4), (3, 1, 1))
+    u, W, g = u.transpose(1, 2), W.permute(2, 3, 1, 0), g.expand(3, 5, 3)
+    assert not (u.is_contiguous() or W.is_contiguous() or g.is_contiguous())
+    want = run(route, [u, W], g, backend="reference")
+    leaves = [u.requires_grad_(), W.requires_grad_()]
+    v = routing(*leaves, backend="triton")
+    v.backward(g)
+    for x, y in zip([v.detach(), u.grad, W.grad], want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+def test_same_inputs_same_bits(form, device):
+    u, W, g = tensors(device, torch.float32, (17, 6, 3), (6, 3, 5, 3), (17, 5, 3))
+    once = run(route, [u, W], g, backend="triton")
+    for _ in range(20 if device.type == "cuda" else 1):
+        again = run(route, [u, W], g, backend="triton")
+        assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
+
+
+def test_gradcheck(device):
+    s, features, u, W = (
+        x.requires_grad_()
+        for x in tensors(device, torch.float64, (2, 3), (1, 4, 2, 2), (2, 2, 3), (2, 3, 2, 2))
+    )
+    assert torch.autograd.gradcheck(lambda s: squash(s, backend="triton"), (s,))
+    assert torch.autograd.gradcheck(lambda f: primary_capsules(f, 2, backend="triton"), (features,))
+    assert torch.autograd.gradcheck(lambda u, W: votes(u, W, backend="triton"), (u, W))
+
+
+def test_opcheck(device):
+    s, features, u, W = (
+        x.requires_grad_()
+        for x in tensors(device, torch.float32, (2, 3), (1, 4, 2, 2), (2, 2, 3), (2, 3, 2, 2))
+    )
+    torch.library.opcheck(squash_forward, (s,))
+    torch.library.opcheck(squash_backward, (s.detach(), s.detach()))
+    torch.library.opcheck(primary_forward, (features, 2))
+    torch.library.opcheck(primary_backward, (features.detach(), features.detach().view(1, 8, 2), 2))
+    torch.library.opcheck(votes_forward, (u, W))
+    u_hat = votes(u, W).detach()
+    torch.library.opcheck(votes_backward, (u_hat, u.detach(), W.detach()))
+    options = ("rba", "final")
+    torch.library.opcheck(routing_forward, (u, W, None, 3, *options, False, "triton"))
+    v, sums, kept = (x.detach() for x in routing_forward(u, W, None, 3, *options, False, "triton"))
+    arguments = (v, u.detach(), W.detach(), sums, kept, *options, "triton")
+    torch.library.opcheck(routing_backward, arguments)
+
+
+def test_mixed_dtypes(form, device):
+    u, W = tensors(device, torch.float32, (3, 6, 3), (6, 3, 5, 3))
+    low = u.bfloat16()
+    got = routing(low, W, backend="triton")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, routing(low.float(), W, backend="triton"), rtol=0, atol=0)
+
+
+def test_the_form_follows_from_shapes():
+    def weight(*shape):
+        return torch.empty(shape, device="meta")
+
+    assert routing_kernels.on_chip(weight(32, 8, 32, 8))  # block layer
+    assert routing_kernels.on_chip(weight(32, 8, 10, 16))  # layer 2, 10 classes
+    assert not routing_kernels.on_chip(weight(32, 8, 100, 16))  # layer 2, 100 classes
+    assert not routing_kernels.on_chip(weight(1152, 8, 32, 8))  # layer 1
+    assert routing_kernels.streamed_grid(128, 1152, 32, 8) == (16, 33, 35)
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    x, W = torch.randn(2, 3, 4), torch.randn(3, 4, 5, 2)
+    with pytest.raises(ValueError, match='has method="rba" with routing_grad="final"'):
+        routing(x, W, method="sda", backend="triton")
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match="needs tensors on a GPU; got one on cpu"):
+        squash(x, backend="triton")
+    monkeypatch.setattr(launch, "triton_installed", lambda: False)
+    with pytest.raises(ValueError, match="needs the package triton"):
+        routing(x, W, backend="triton")
+    assert routing(x, W).shape == (2, 5, 2)
