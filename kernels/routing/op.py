@@ -198,10 +198,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, sums, kept = output
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(sums, kept)
+    ctx.set_materialize_grads(False)  # else backward is given zeros as large as `kept`
     ctx.save_for_backward(u, W, sums, kept)
 
 
-def _backward(ctx: Any, grad_v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_v is None:
+        return (None,) * 8
     du, dW, dbias = routing_backward(
         grad_v, *ctx.saved_tensors, ctx.method, ctx.routing_grad, ctx.backend
     )

@@ -1,0 +1,82 @@
+# `make` alone lists what there is. Every target that needs an environment makes `.venv` itself;
+# the files .venv/.installed-* record what it holds, and setup.py or pyproject.toml being newer
+# than they are means installing again.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help train test lint format format-check typecheck build clean distclean
+
+help: ## show this list
+	@echo "MoCapsNet: momentum capsule networks with fused routing"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Options for a command go into ARGS:     make train ARGS=\"--help\""
+	@echo "                                        make test ARGS=\"-k squash -x\""
+	@echo "Another interpreter for a new .venv:    make test PYTHON=python3.12"
+
+train: $(VENV)/.installed-train ## train on the embedded handwritten digits
+	$(BIN)/mocapsnet train $(ARGS)
+
+test: $(VENV)/.installed-dev ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check the code with ruff
+	$(BIN)/ruff check .
+
+format: $(VENV)/.installed-dev ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --select I --fix .
+
+format-check: $(VENV)/.installed-dev ## report code that `make format` would change
+	$(BIN)/ruff format --check .
+
+# mypy finds modules by folder and does not run the import hook of an editable install. So it is
+# given the tree as a wheel would install it, made of links, and its paths are mapped back.
+TYPED := build/typecheck
+typecheck: $(VENV)/.installed-dev ## check types with mypy
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/mocapsnet
+	@ln -s "$(CURDIR)"/mocapsnet/* "$(CURDIR)/kernels" "$(CURDIR)/train" $(TYPED)/mocapsnet
+	@cd $(TYPED) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p mocapsnet > output; status=$$?; \
+		sed -E 's#^mocapsnet/(kernels|train)/#\1/#' output; exit $$status
+
+build: $(VENV)/.installed-dev ## build the source distribution and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+clean: ## remove what build, tests and checks left, but not .venv
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find mocapsnet kernels train tests benchmarks -name __pycache__ -prune -exec rm -rf {} + \
+		2>/dev/null || true
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+# .venv/.incomplete stands while pip works. Found at the start, it tells of an installation that
+# was cut off, whose remains pip would take for whole packages: begin again. A .venv made by hand
+# is kept, and so are the packages in it that fit (a CPU-only torch, for one).
+$(VENV)/.installed-train: EXTRAS := train
+$(VENV)/.installed-dev: EXTRAS := train,dev
+$(VENV)/.installed-train $(VENV)/.installed-dev: pyproject.toml setup.py
+	@if [ -e $(VENV)/.incomplete ] || ! $(BIN)/python -m pip --version > /dev/null 2>&1; then \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+			echo "MoCapsNet needs Python 3.10 or newer, and '$(PYTHON)' is not that." \
+				"Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }; \
+		[ ! -e $(VENV)/.incomplete ] || echo "the last installation into $(VENV) was cut off"; \
+		echo "making $(VENV) with $$("$(PYTHON)" --version)"; \
+		rm -rf $(VENV) && mkdir $(VENV) && touch $(VENV)/.incomplete && \
+			"$(PYTHON)" -m venv $(VENV) || exit 1; \
+	fi
+	@echo "installing mocapsnet[$(EXTRAS)] into $(VENV)" \
+		"(the first time about 5 GB, most of it PyTorch: some minutes)"
+	@touch $(VENV)/.incomplete && rm -f $(VENV)/.installed-*
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@rm $(VENV)/.incomplete
+	@touch $(VENV)/.installed-train $@

@@ -1,0 +1,83 @@
+"""Running the command as a subprocess, and reading what a run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+# A network so small that an epoch takes a fraction of a second.
+TINY = "--channels 16 --capsules 4 --decoder 16 --limit 48 --batch-size 16 --device cpu".split()
+
+
+def process(*arguments: str, processes: int = 1) -> list[str]:
+    """The command line of `mocapsnet ARGUMENTS` in processes of its own."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [
+        sys.executable,
+        *(torchrun if processes > 1 else []),
+        "-m",
+        "mocapsnet.train",
+        *arguments,
+    ]
+
+
+def run_process(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run `mocapsnet ARGUMENTS` in processes of its own, without a terminal."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} if processes > 1 else None
+    return subprocess.run(
+        process(*arguments, processes=processes),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+def checkpoint(run: Path) -> Path:
+    """The only checkpoint of a run."""
+    (only,) = (run / "checkpoints").iterdir()
+    return only
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint(run) / "model.safetensors")
+
+
+def optimizer_state(run: Path) -> dict[str, Any]:
+    return torch.load(checkpoint(run) / "optimizer.bin", weights_only=True)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit the same metrics, weights and optimiser state."""
+    assert rows(a) == rows(b)
+    assert checkpoint(a).name == checkpoint(b).name
+    torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=0)
+    assert_equal_nested(optimizer_state(a), optimizer_state(b))
+
+
+def assert_equal_nested(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal_nested(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_equal_nested(one, other)
+    else:
+        assert a == b

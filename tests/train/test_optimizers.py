@@ -1,0 +1,71 @@
+"""Schedules, and that an optimiser can be put away and taken up again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mocapsnet.train.optimizers import build_optimizer, current_lr
+from mocapsnet.train.options import OptimOptions
+
+from .helpers import assert_equal_nested
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(8, 5, generator=generator)
+    model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_adam_decays_once_per_epoch() -> None:
+    optimizer, schedule = build_optimizer(OptimOptions(lr=1e-3), nn.Linear(5, 3).parameters(), 10)
+    assert schedule is not None
+    for epoch in range(4):
+        assert current_lr(optimizer) == pytest.approx(1e-3 * 0.96**epoch, rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-5], ids=["above its least rate", "below"])
+def test_ranger21_follows_the_true_number_of_steps(lr: float) -> None:
+    model = nn.Linear(5, 3)
+    options = OptimOptions(optimizer="ranger21", lr=lr)
+    optimizer, schedule = build_optimizer(options, model.parameters(), steps=100)
+    assert schedule is None
+    rates = []
+    for k in range(100):
+        step(model, optimizer, k)
+        rates.append(current_lr(optimizer))
+    # Warm-up over 22 steps, peak to step 71, then down to the least rate.
+    least = min(3e-5, lr)
+    assert rates[:22] == pytest.approx([lr * (k + 1) / 22 for k in range(22)])
+    assert rates[22:71] == pytest.approx([lr] * 49)
+    assert rates[72:] == sorted(rates[72:], reverse=True)
+    assert rates[-1] == pytest.approx(least, rel=1e-6)
+
+
+# 7: not a multiple of Ranger21's look-ahead of 5, odd as its two momenta take turns, and within
+# its warm-up; 16: in its warm-down.
+@pytest.mark.parametrize("stop", [7, 16])
+@pytest.mark.parametrize("name", ["adam", "ranger21"])
+def test_state_survives_bit_for_bit(name: str, stop: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    options = OptimOptions(optimizer=name)  # type: ignore[arg-type]
+    optimizer, _ = build_optimizer(options, model.parameters(), 20)
+    for k in range(stop):
+        step(model, optimizer, k)
+    resumed = copy.deepcopy(model)
+    resumed_optimizer, _ = build_optimizer(options, resumed.parameters(), 20)
+    resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for k in range(stop, 20):
+        step(model, optimizer, k)
+        step(resumed, resumed_optimizer, k)
+        assert current_lr(optimizer) == current_lr(resumed_optimizer)
+    assert_equal_nested(model.state_dict(), resumed.state_dict())
+    assert_equal_nested(optimizer.state_dict(), resumed_optimizer.state_dict())

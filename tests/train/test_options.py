@@ -1,0 +1,154 @@
+"""The command line: defaults, presets, help, and one clear error for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocapsnet import CapsNetConfig
+from mocapsnet.train import cli, prepare
+from mocapsnet.train.options import (
+    PRESETS,
+    MachineOptions,
+    TrainOptions,
+    flag,
+    flat,
+    from_json,
+    resolve,
+)
+
+from .helpers import run_process
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize("dataset", PRESETS)
+def test_presets_make_networks_that_fit(dataset: str) -> None:
+    options = cli.parse(["train", "--dataset", dataset])
+    assert isinstance(options, TrainOptions)
+    chosen = PRESETS[dataset]
+    sizes = {k: v for k, v in dataclasses.asdict(options.model).items() if k != "name"}
+    config = CapsNetConfig(image_shape=chosen.image_shape, classes=chosen.classes, **sizes)
+    assert config.primary_capsules > 0
+    assert None not in (options.optim.epochs, options.optim.batch_size, options.data.pad)
+
+
+def test_published_settings() -> None:
+    """Section 4.1 of the paper; all but the sizes that digits needs are the same everywhere."""
+    options = cli.parse(["train", "--dataset", "cifar10"])
+    model, optim = options.model, options.optim
+    assert (model.channels, model.kernel_size, model.stride) == (256, 9, 2)
+    assert (model.capsules, model.capsule_dim, model.class_dim) == (32, 8, 16)
+    assert (model.decoder, model.iterations, model.method) == ((512, 1024), 3, "rba")
+    assert (optim.batch_size, optim.epochs, optim.lr) == (128, 60, 1e-3)
+    assert options.data.pad == 2
+    assert cli.parse(["train", "--dataset", "mnist"]).optim.epochs == 30
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    ours = {f.name: f.default for f in dataclasses.fields(type(TrainOptions().model))}
+    theirs = {f.name: f.default for f in dataclasses.fields(CapsNetConfig)}
+    shared = ours.keys() & theirs.keys() - {"channels", "kernel_size", "stride"}
+    assert len(shared) > 10
+    for name in shared:
+        assert ours[name] == theirs[name], name
+
+
+def test_given_options_win_over_the_preset() -> None:
+    options = cli.parse("train --channels 24 --epochs 3 --decoder 7 9".split())
+    assert (options.model.channels, options.optim.epochs) == (24, 3)
+    assert options.model.decoder == (7, 9)
+    assert options.model.kernel_size == PRESETS["digits"].kernel_size
+
+
+def test_options_survive_json() -> None:
+    options = cli.parse("train --dataset svhn --decoder 7 --limit 5 --out x".split())
+    assert from_json(json.loads(json.dumps(dataclasses.asdict(options)))) == options
+
+
+def test_help_names_every_option(command: Command) -> None:
+    code, text, _ = command("train", "--help")
+    assert code == 0
+    for name in flat(TrainOptions()):
+        assert flag(name) in text, name
+    assert "digits 30, (fashion-)mnist 30, others 60" in " ".join(text.replace("│", "").split())
+
+
+def test_help_as_a_process() -> None:
+    done = run_process("--help")
+    assert done.returncode == 0, done.stderr
+    for name in ("train", "evaluate", "visualize"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("train --epochs 0", "--epochs must be greater than 0, got 0"),
+        ("train --batch-size -1", "--batch-size must be greater than 0, got -1"),
+        ("train --lr nan", "--lr must be greater than 0, got nan"),
+        ("train --limit 0", "--limit must be greater than 0, got 0"),
+        ("train --pad -1", "--pad must be 0 or greater, got -1"),
+        ("train --kernel-size 9", "8x8"),
+        ("train --gamma 1.5", "gamma"),
+        ("train --channels 20", "multiple of capsule_dim=8"),
+        ("train --dataset mnist --data-dir nowhere", "nowhere/MNIST/raw/train-images-idx3-ubyte"),
+        ("train --out used", "used exists and is not an empty folder"),
+        ("train --resume missing", "missing does not exist"),
+        ("train --resume used", "used has no config.json"),
+        ("evaluate missing", "missing does not exist"),
+        ("visualize used", "used has no config.json"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments: str, expected: str, command: Command) -> None:
+    Path("used").mkdir()
+    Path("used/file").touch()
+    before = sorted(Path().rglob("*"))
+    code, _, errors = command(*arguments.split())
+    assert code == 2
+    assert errors.startswith("mocapsnet: ") and expected in errors
+    assert "Traceback" not in errors
+    assert sorted(Path().rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [("train --dataset cifar", "cifar10"), ("train --epochs many", "many"), ("", "train")],
+)
+def test_what_cannot_be_parsed_leaves_with_2(
+    arguments: str, expected: str, command: Command
+) -> None:
+    code, _, errors = command(*arguments.split())
+    assert code == 2 and expected in errors and "Traceback" not in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_without_cuda(command: Command) -> None:
+    code, _, errors = command("train", "--device", "cuda")
+    assert code == 2 and "finds no CUDA device" in errors
+
+
+def test_missing_extra_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "EXTRA", [*cli.EXTRA, "not_installed_anywhere"])
+    code, _, errors = command("train")
+    assert code == 2
+    assert "not_installed_anywhere" in errors and 'pip install "mocapsnet[train]"' in errors
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_slow_bfloat16_is_announced(
+    native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "_cpu_has_bfloat16", lambda: native)
+    prepare.make_accelerator(MachineOptions(device="cpu", mixed_precision="bf16"))
+    assert ("no bfloat16 instructions" in capsys.readouterr().err) is not native
+
+
+def test_resolve_is_idempotent() -> None:
+    options = resolve(TrainOptions())
+    assert resolve(options) == options

@@ -1,0 +1,1 @@
+"""Training of capsule networks: command line, data, loop, checkpoints, pictures."""

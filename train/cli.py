@@ -1,0 +1,137 @@
+"""The `mocapsnet` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    from mocapsnet.train.options import RunOptions, TrainOptions
+
+# Import names of what `pip install "mocapsnet[train]"` adds.
+EXTRA = [
+    "accelerate",
+    "matplotlib",
+    "pytorch_optimizer",
+    "sklearn",
+    "tensorboard",
+    "torchvision",
+    "tqdm",
+    "tyro",
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: that of the process); returns the exit code."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"mocapsnet: not installed: {', '.join(missing)}; training needs "
+            'pip install "mocapsnet[train]"',
+            file=sys.stderr,
+        )
+        return 2
+    from mocapsnet.train.errors import Stop
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        _run(arguments)
+    except Stop as stop:
+        # All processes of a torchrun stop alike; one of them says why.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mocapsnet: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    from mocapsnet.train.options import TrainOptions, VisualizeOptions
+
+    command = parse(arguments)
+    if isinstance(command, TrainOptions):
+        from mocapsnet.train.loop import train
+
+        train(command)
+    else:
+        from mocapsnet.train.reports import report
+
+        report(command, pictures=isinstance(command, VisualizeOptions))
+
+
+def parse(arguments: list[str]) -> TrainOptions | RunOptions:
+    """Read a command line. On --help or an unknown option tyro prints and leaves with 0 or 2.
+
+    With --resume the options of that run are the defaults, and most of them are fixed.
+
+    Raises: InputError for values that cannot be used.
+    """
+    from mocapsnet.train.options import TrainOptions, resolve
+
+    command = _cli(arguments, TrainOptions())
+    if not isinstance(command, TrainOptions):
+        return command
+    if command.resume is None:
+        return resolve(command)
+
+    from mocapsnet.train.checkpoints import read_config
+
+    saved = read_config(Path(command.resume))
+    # A flag that is on by default could not be given again.
+    saved = dataclasses.replace(
+        saved, out=None, data=dataclasses.replace(saved.data, download=False)
+    )
+    command = _cli(arguments, saved)
+    assert isinstance(command, TrainOptions)
+    _check_resumable(saved, command)
+    return resolve(command)
+
+
+def _check_resumable(saved: TrainOptions, command: TrainOptions) -> None:
+    from mocapsnet.train.errors import InputError
+    from mocapsnet.train.options import RESUMABLE, flag, flat
+
+    asked = flat(command)
+    for name, value in flat(saved).items():
+        if asked[name] == value:
+            continue
+        if name not in RESUMABLE:
+            raise InputError(
+                f"{flag(name)} {asked[name]} does not go with --resume: the run has {value}. "
+                f"Only {', '.join(flag(n) for n in sorted(RESUMABLE - {'resume'}))} may change"
+            )
+        if name == "optim.epochs" and saved.optim.optimizer == "ranger21":
+            raise InputError(
+                f"--epochs {asked[name]}: ranger21 plans its learning rate over the run's {value} "
+                "epochs, so this run cannot be made longer or shorter; start a new one"
+            )
+
+
+def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | RunOptions:
+    import tyro
+
+    from mocapsnet.train.options import EvaluateOptions, TrainOptions, VisualizeOptions
+
+    subcommand = tyro.conf.subcommand
+    Command = (
+        Annotated[TrainOptions, subcommand("train", default=train)]
+        | Annotated[EvaluateOptions, subcommand("evaluate")]
+        | Annotated[VisualizeOptions, subcommand("visualize")]
+    )
+    return tyro.cli(
+        Command,
+        prog="mocapsnet",
+        description="Train and examine momentum capsule networks.",
+        args=arguments,
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.FlagCreatePairsOff,
+        ),
+    )

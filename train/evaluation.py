@@ -1,0 +1,88 @@
+"""Test accuracy, losses and confusion matrix of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mocapsnet import CapsuleLoss
+from mocapsnet.train import data
+from mocapsnet.train.metrics import Row
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result on a test set; the losses are means per image.
+
+    Attributes:
+        confusion: number of images [classes, classes] by true class (row) and predicted (column).
+    """
+
+    loss: float
+    margin: float
+    reconstruction: float
+    confusion: Tensor
+
+    @property
+    def images(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def correct(self) -> int:
+        return int(self.confusion.trace())
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.images
+
+    def row(self) -> Row:
+        """For metrics.jsonl."""
+        return {
+            "test_loss": self.loss,
+            "test_margin": self.margin,
+            "test_reconstruction": self.reconstruction,
+            "test_accuracy": self.accuracy,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    criterion: CapsuleLoss,
+    images: data.ImageSet,
+    batch_size: int,
+) -> Evaluation:
+    """Run the model over all images, centre-cropped; the decoder gets the predicted class.
+
+    Collective: each process takes its share, all get the result.
+
+    Args:
+        model: the bare model, as data parallelism would wait for processes without images.
+        batch_size: images per forward pass over all processes.
+    """
+    was_training = model.training
+    model.eval()
+    parts, pairs = [], []
+    for batch in torch.arange(len(images), device=accelerator.device).split(batch_size):
+        share = batch.tensor_split(accelerator.num_processes)[accelerator.process_index]
+        if not len(share):
+            continue
+        labels = images.labels[share]
+        pixels = data.to_pixels(images.images[share])
+        out = model(data.normalise(pixels))
+        loss = criterion(out, pixels, labels)
+        parts.append(torch.stack([loss.total, loss.margin, loss.reconstruction]).float())
+        classes = out.lengths.shape[1]
+        pairs.append(labels * classes + out.lengths.argmax(1))
+    model.train(was_training)
+
+    classes = out.lengths.shape[1]
+    counts = torch.bincount(torch.cat(pairs), minlength=classes * classes)
+    sums = torch.stack(parts).cpu().double().sum(0).to(accelerator.device)
+    counts, sums = accelerator.reduce((counts, sums), "sum")
+    total, margin, reconstruction = (sums.cpu() / len(images)).tolist()
+    return Evaluation(total, margin, reconstruction, counts.view(classes, classes).cpu())

@@ -1,0 +1,280 @@
+"""The options of the command line, the presets of the data sets, and their JSON form.
+
+An option whose value is None takes the data set's preset; `resolve` puts the preset in, so that
+everything after it, and the run's config.json, holds plain values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from mocapsnet.train.errors import InputError
+
+DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100"]
+ModelName = Literal["mocapsnet", "rescapsnet", "capsnet"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a data set fixes (classes, image shape) and the sizes that suit it.
+
+    Attributes:
+        classes: number of classes.
+        image_shape: (channels, height, width) in pixels, after cropping.
+        pad: black pixels added on each side before the random crop in training.
+        epochs, batch_size: length of a run, samples per optimiser step.
+        channels, kernel_size, stride: of the two convolutions; stride is that of the second.
+    """
+
+    classes: int
+    image_shape: tuple[int, int, int]
+    pad: int = 2
+    epochs: int = 60
+    batch_size: int = 128
+    channels: int = 256
+    kernel_size: int = 9
+    stride: int = 2
+
+
+PRESETS: dict[str, Preset] = {
+    "digits": Preset(
+        10, (1, 8, 8), pad=1, epochs=30, batch_size=32, channels=64, kernel_size=3, stride=1
+    ),
+    "mnist": Preset(10, (1, 28, 28), epochs=30),
+    "fashion-mnist": Preset(10, (1, 28, 28), epochs=30),
+    "svhn": Preset(10, (3, 32, 32)),
+    "cifar10": Preset(10, (3, 32, 32)),
+    "cifar100": Preset(100, (3, 32, 32)),
+}
+
+
+def preset(text: str) -> Any:
+    """A help string for an option that defaults to the data set's preset, values included."""
+    name, _, text = text.partition(": ")
+    digits, mnist, others = (getattr(PRESETS[d], name) for d in ("digits", "mnist", "cifar10"))
+    hint = f"digits {digits}, others {others}"
+    if mnist != others:
+        hint = f"digits {digits}, (fashion-)mnist {mnist}, others {others}"
+    return arg(help=text, help_behavior_hint=f"(default: {hint})", metavar="INT")
+
+
+# None until `resolve` has put the preset in; for the type checker always an integer.
+if TYPE_CHECKING:
+    Size = int
+else:
+    Size = int | None
+FROM_PRESET: Any = None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images and how they are presented."""
+
+    dataset: DatasetName = "digits"
+    """Data set. digits is embedded; the others are read from files."""
+    data_dir: str = "data"
+    """Folder that holds the data sets' files."""
+    download: bool = False
+    """Download the data set if its files are missing."""
+    pad: Annotated[Size, preset("pad: Pixels padded on each side for the random crop.")] = (
+        FROM_PRESET
+    )
+    limit: int | None = None
+    """Use only the first N training images and the first N test images (None: all)."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The network."""
+
+    name: Annotated[ModelName, arg(name="model")] = "mocapsnet"
+    """Momentum blocks, residual blocks, or a plain stack of capsule layers."""
+    blocks: int = 1
+    """Blocks of two capsule layers each."""
+    capsules: int = 32
+    """Capsules per hidden layer."""
+    capsule_dim: int = 8
+    """Dimensions of a hidden capsule."""
+    class_dim: int = 16
+    """Dimensions of a class capsule."""
+    channels: Annotated[Size, preset("channels: Channels of the two convolutions.")] = FROM_PRESET
+    kernel_size: Annotated[Size, preset("kernel_size: Kernel width of the convolutions.")] = (
+        FROM_PRESET
+    )
+    stride: Annotated[Size, preset("stride: Stride of the second convolution.")] = FROM_PRESET
+    iterations: int = 3
+    """Routing iterations."""
+    method: Literal["rba", "sda"] = "rba"
+    """Routing by agreement, or scaled-distance agreement."""
+    routing_grad: Literal["final", "full"] = "final"
+    """Gradient through the last routing iteration only, or through all of them."""
+    sda_mean: Literal["input", "batch"] = "input"
+    """Mean distance of SDA per input capsule, or over the batch as in the published code."""
+    init: Literal["length", "paper"] = "length"
+    """Length-preserving initial weights, or the paper's N(0, 0.01)."""
+    gamma: float = 0.9
+    """Momentum coefficient, between 0 and 1."""
+    velocity: Literal["network", "block"] = "network"
+    """One velocity through all blocks, or a new one in every block."""
+    memory: Literal["reversible", "stored"] = "reversible"
+    """Recompute the blocks' activations in the backward pass, or store them."""
+    anchor_every: int | None = None
+    """With reversible memory, store the activations of every so many layers (None: chosen)."""
+    decoder: tuple[int, ...] = (512, 1024)
+    """Widths of the decoder's hidden layers."""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimisation."""
+
+    optimizer: Literal["adam", "ranger21"] = "adam"
+    """adam with lr x 0.96 after each epoch, or ranger21 with its own warm-up and warm-down."""
+    lr: float = 1e-3
+    """Learning rate at the start (adam) or at the peak (ranger21)."""
+    epochs: Annotated[Size, preset("epochs: Passes through the training images.")] = FROM_PRESET
+    batch_size: Annotated[
+        Size,
+        preset("batch_size: Images per optimiser step, over all processes and micro-batches."),
+    ] = FROM_PRESET
+    gradient_accumulation: int = 1
+    """Micro-batches each process splits its share of a batch into; saves memory, same result."""
+    reconstruction_weight: float = 5e-4
+    """Weight of the summed squared reconstruction error beside the margin loss."""
+    seed: int = 0
+    """Seed of weights, order of the images and crops."""
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is one, else the CPU."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: the two convolutions in bfloat16, all else in float32."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a capsule network."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    machine: MachineOptions = field(default_factory=MachineOptions)
+    out: str | None = None
+    """Run folder, new or empty (None: runs/DATASET-MODEL-TIME)."""
+    resume: str | None = None
+    """Run folder to continue. Its options are kept; --epochs, --data-dir, --download, --device and
+    --gradient-accumulation may be given anew."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a command needs to read a run."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run folder that `mocapsnet train` wrote."""
+    data_dir: str | None = None
+    """Folder that holds the data sets' files (None: the one the run used)."""
+    download: bool = False
+    """Download the data set if its files are missing."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is one, else the CPU."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(RunOptions):
+    """Measure the test accuracy of a run's last checkpoint."""
+
+
+@dataclass(frozen=True)
+class VisualizeOptions(RunOptions):
+    """Draw the pictures of a run again, from its metrics and last checkpoint."""
+
+
+# What may differ between a run and its continuation: the result does not depend on it, but for
+# epochs, which only says how far to go.
+RESUMABLE = {
+    "data.data_dir",
+    "data.download",
+    "optim.epochs",
+    "optim.gradient_accumulation",
+    "machine.device",
+    "resume",
+}
+
+
+def resolve(options: TrainOptions) -> TrainOptions:
+    """Put the data set's preset where the user gave nothing, and check the numbers.
+
+    Raises: InputError naming the first option that is out of range.
+    """
+    chosen = PRESETS[options.data.dataset]
+
+    def fill(group: Any) -> Any:
+        missing = {
+            f.name: getattr(chosen, f.name)
+            for f in dataclasses.fields(group)
+            if getattr(group, f.name) is None and hasattr(chosen, f.name)
+        }
+        return dataclasses.replace(group, **missing)
+
+    options = dataclasses.replace(
+        options, data=fill(options.data), model=fill(options.model), optim=fill(options.optim)
+    )
+    positive: dict[str, float] = {
+        "--epochs": options.optim.epochs,
+        "--batch-size": options.optim.batch_size,
+        "--gradient-accumulation": options.optim.gradient_accumulation,
+        "--lr": options.optim.lr,
+        "--limit": 1 if options.data.limit is None else options.data.limit,
+    }
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"{name} must be greater than 0, got {value}")
+    at_least_zero: dict[str, float] = {
+        "--pad": options.data.pad,
+        "--reconstruction-weight": options.optim.reconstruction_weight,
+        "--seed": options.optim.seed,
+    }
+    for name, value in at_least_zero.items():
+        if not value >= 0:
+            raise InputError(f"{name} must be 0 or greater, got {value}")
+    return options
+
+
+def flat(options: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 0.001, ...} for every option."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if dataclasses.is_dataclass(value):
+            values |= flat(value, f"{prefix}{f.name}.")
+        else:
+            values[prefix + f.name] = value
+    return values
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of an option named as in `flat`."""
+    return "--model" if name == "model.name" else "--" + name.split(".")[-1].replace("_", "-")
+
+
+def from_json(saved: dict[str, Any]) -> TrainOptions:
+    """The inverse of dataclasses.asdict, after a passage through JSON."""
+    groups: dict[str, Any] = {
+        "data": DataOptions,
+        "model": ModelOptions,
+        "optim": OptimOptions,
+        "machine": MachineOptions,
+    }
+    model = saved["model"] | {"decoder": tuple(saved["model"]["decoder"])}
+    values = {name: make(**(saved | {"model": model})[name]) for name, make in groups.items()}
+    return TrainOptions(**values, out=saved["out"], resume=None)

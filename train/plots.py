@@ -1,0 +1,127 @@
+"""The pictures of a run. Drawn without pyplot, so nothing depends on a display or global state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import nn
+
+from mocapsnet.train import data
+from mocapsnet.train.evaluation import Evaluation
+from mocapsnet.train.metrics import Row
+
+
+def write_pictures(
+    run: Path, rows: list[Row], model: nn.Module, test_set: data.ImageSet, tested: Evaluation
+) -> list[Path]:
+    """Write reconstructions, confusion matrix and (given rows) learning curves into the run."""
+    figures = {"reconstructions": reconstructions(model, test_set)}
+    figures["confusion_matrix"] = confusion_matrix(tested)
+    if rows:
+        figures["learning_curves"] = learning_curves(rows)
+    paths = []
+    for name, figure in figures.items():
+        FigureCanvasAgg(figure)
+        paths.append(run / f"{name}.png")
+        figure.savefig(paths[-1], dpi=120, bbox_inches="tight", pad_inches=0.1)
+    return paths
+
+
+def learning_curves(rows: list[Row]) -> Figure:
+    """Accuracy and the two parts of the loss after each epoch."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    # One epoch is a point, not a line.
+    marker = "o" if len(rows) < 20 else None
+    panels = {
+        "accuracy": f"Accuracy (test, last: {rows[-1]['test_accuracy']:.2%})",
+        "margin": "Margin loss per image",
+        "reconstruction": "Squared reconstruction error per image",
+    }
+    for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for split, colour in (("train", "tab:blue"), ("test", "tab:orange")):
+            values = [row[f"{split}_{name}"] for row in rows]
+            axes.plot(epochs, values, color=colour, marker=marker, ms=3, label=split)
+        axes.set(xlabel="epoch", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if name == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        else:
+            axes.set_ylim(bottom=0)
+        axes.legend()
+    return figure
+
+
+@torch.no_grad()
+def reconstructions(
+    model: nn.Module, test_set: data.ImageSet, rows: int = 5, columns: int = 8
+) -> Figure:
+    """Pairs of test image and its reconstruction from the capsule of the predicted class."""
+    shown = test_set.first(rows * columns)
+    pixels = data.to_pixels(shown.images)
+    model.eval()
+    out = model(data.normalise(pixels))
+    predicted = out.lengths.argmax(1).tolist()
+    gap = pixels.new_ones(*pixels.shape[:3], 1)
+    pairs = torch.cat([pixels, gap, out.reconstruction], dim=3).cpu()  # [B, C, H, 2 W + 1]
+    _, C, H, width = pairs.shape
+    # One white picture with the pairs pasted in: much faster than axes of their own for each.
+    top, between = max(2, H // 3), max(2, H // 4)
+    rows = -(-len(pairs) // columns)
+    sheet = torch.ones(rows * (H + top), columns * (width + between) - between, C)
+    figure = Figure(figsize=(1.45 * columns, 1.0 * rows + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axis("off")
+    for i, (pair, label, guess) in enumerate(
+        zip(pairs, shown.labels.tolist(), predicted, strict=True)
+    ):
+        y, x = i // columns * (H + top) + top, i % columns * (width + between)
+        sheet[y : y + H, x : x + width] = pair.permute(1, 2, 0)
+        wrong = guess != label
+        axes.text(
+            x + width / 2 - 0.5,
+            y - 1,
+            f"{label}, predicted {guess}" if wrong else f"{label}",
+            ha="center",
+            va="bottom",
+            size=8,
+            color="tab:red" if wrong else "black",
+        )
+    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title("Test images, each beside its reconstruction, under their class", size=10)
+    return figure
+
+
+def confusion_matrix(tested: Evaluation) -> Figure:
+    """Share of each true class (row) by predicted class (column); counts where they fit."""
+    counts = tested.confusion.double()
+    classes = len(counts)
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    axes = figure.subplots()
+    # A power scale, as the mistakes are few beside the diagonal.
+    image = axes.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
+    bar = figure.colorbar(image, ax=axes, label="share of the true class")
+    ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1]
+    bar.set_ticks([t**0.5 for t in ticks], labels=[f"{t:.0%}" for t in ticks])
+    axes.set(
+        xlabel="predicted class",
+        ylabel="true class",
+        title=f"Test accuracy {tested.accuracy:.2%} ({tested.correct:,} of {tested.images:,})",
+    )
+    if classes <= 20:
+        axes.set_xticks(range(classes))
+        axes.set_yticks(range(classes))
+        for i in range(classes):
+            for j in range(classes):
+                if counts[i, j]:
+                    colour = "white" if shares[i, j] > 0.25 else "black"
+                    axes.text(
+                        j, i, f"{int(counts[i, j])}", ha="center", va="center", color=colour, size=9
+                    )
+    return figure

@@ -1,0 +1,50 @@
+"""`mocapsnet evaluate` and `mocapsnet visualize`: what a run's last checkpoint can do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from mocapsnet import CapsuleLoss
+from mocapsnet.train import checkpoints
+from mocapsnet.train.evaluation import Evaluation, evaluate
+from mocapsnet.train.metrics import read_rows
+from mocapsnet.train.options import RunOptions
+from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
+
+
+def report(command: RunOptions, pictures: bool = False) -> Evaluation:
+    """Print the test accuracy of a run's last checkpoint; with `pictures` draw them as well.
+
+    Raises: InputError if the run, its data or the device cannot be used.
+    """
+    run = Path(command.run)
+    options = checkpoints.read_config(run)
+    checkpoint, epochs_done = checkpoints.latest(run)
+    source = dataclasses.replace(
+        options.data,
+        data_dir=command.data_dir or options.data.data_dir,
+        download=command.download,
+    )
+    accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
+    make_repeatable(options.optim.seed)
+    _, test_set = load_data(source, accelerator)
+    model = build(options)
+    checkpoints.load_weights(checkpoint, model)
+    accelerator.prepare(model)
+    criterion = CapsuleLoss(options.optim.reconstruction_weight)
+    tested = evaluate(accelerator, model, criterion, test_set, options.optim.batch_size)
+    if accelerator.is_main_process:
+        print(
+            f"{run}, after epoch {epochs_done}: test accuracy {tested.accuracy:.2%} "
+            f"({tested.correct:,} of {tested.images:,}), loss {tested.loss:.4f} "
+            f"(margin {tested.margin:.4f}, reconstruction {tested.reconstruction:.2f})"
+        )
+        if pictures:
+            from mocapsnet.train.plots import write_pictures
+
+            rows = [row for row in read_rows(run) if row["epoch"] <= epochs_done]
+            for path in write_pictures(run, rows, model, test_set, tested):
+                print(path)
+    accelerator.end_training()
+    return tested
