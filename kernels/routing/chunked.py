@@ -7,9 +7,9 @@ and input capsules outside of them. The equations are those of README.md.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,11 +24,9 @@ KEPT_BYTES = 32 << 20
 @cache
 def chunk_bytes() -> int:
     """Size of one chunk of votes: it and its scratch copy should stay in the last-level cache."""
-    try:
-        last_level = os.sysconf("SC_LEVEL3_CACHE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        last_level = 0
-    return min(max(last_level // 16, 1 << 20), 8 << 20)
+    file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # as "32768K"; Linux only
+    kilobytes = int(file.read_text().strip().rstrip("K")) if file.exists() else 0
+    return min(max(kilobytes * 1024 // 16, 1 << 20), 8 << 20)
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
