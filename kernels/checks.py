@@ -27,6 +27,14 @@ def tensor(name: str, x: Tensor, shape: str) -> None:
         )
 
 
+def routing_options(iterations: int, method: str, routing_grad: str, sda_mean: str) -> None:
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be an integer of at least 1; got {iterations!r}")
+    choice("method", method, ("rba", "sda"))
+    choice("routing_grad", routing_grad, ("final", "full"))
+    choice("sda_mean", sda_mean, ("input", "batch"))
+
+
 def capsules_and_weight(u: Tensor, W: Tensor) -> None:
     """`u` [B, N, K] and `W` [N, K, J, D] agree in N, K and device, and N, K, J, D are not zero."""
     tensor("u", u, "B N K")

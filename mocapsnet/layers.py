@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import primary_capsules, routing
+from .kernels.checks import routing_options
 
 
 class PrimaryCapsules(nn.Module):
@@ -48,7 +49,7 @@ class CapsuleLayer(nn.Module):
         in_length: expected root mean square length of the input capsules, in (0, 1] as a rule.
         sum_length: wanted root mean square length of the weighted sums.
     Shapes: capsules [B, N, K] -> [B, J, D]; `weight` is [N, K, J, D].
-    Raises: ValueError if a size or a length is not positive, or `init` is unknown.
+    Raises: ValueError if a size or a length is not positive, or an option is unknown.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CapsuleLayer(nn.Module):
             raise ValueError(
                 f"in_capsules, in_dim, out_capsules and out_dim must be positive; got {sizes}"
             )
+        routing_options(iterations, method, routing_grad, sda_mean)
         if init not in ("length", "paper"):
             raise ValueError(f"init must be 'length' or 'paper'; got {init!r}")
         if min(in_length, sum_length) <= 0:

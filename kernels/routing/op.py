@@ -11,10 +11,6 @@ from .. import checks
 from ..launch import accumulation_dtype, device_of, implementation
 from . import chunked, reference
 
-METHODS = ("rba", "sda")
-ROUTING_GRADS = ("final", "full")
-SDA_MEANS = ("input", "batch")
-
 
 def routing(
     u: Tensor,
@@ -61,11 +57,7 @@ def routing(
         kernels/routing/README.md for the stateless form and both gradients.
     """
     checks.capsules_and_weight(u, W)
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1; got {iterations!r}")
-    checks.choice("method", method, METHODS)
-    checks.choice("routing_grad", routing_grad, ROUTING_GRADS)
-    checks.choice("sda_mean", sda_mean, SDA_MEANS)
+    checks.routing_options(iterations, method, routing_grad, sda_mean)
     if bias is not None:
         checks.tensor("bias", bias, "J D")
         if bias.shape != W.shape[2:] or bias.device != u.device:

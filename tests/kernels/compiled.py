@@ -26,7 +26,7 @@ from mocapsnet.kernels.routing import triton as routing
 from mocapsnet.kernels.squash import triton as squash
 from mocapsnet.kernels.votes import triton as votes
 
-TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class Driver:
@@ -62,21 +62,22 @@ class Compile:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers per thread, bytes of spills per thread and of shared memory per program."""
+    """Registers per thread, spilling and 128-bit loading instructions, bytes of shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [TOOL, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        usage = inspect(TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name)
+        code = inspect(TOOLS / "nvdisasm", "-c", cubin.name)
     return dict(
-        registers=found["REG"],
-        spills=found["STACK"] + found["LOCAL"],
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        spills=len(re.findall(r"\bSTL\b", code)),
         shared=compiled.metadata.shared,
-        wide_loads=len(
-            re.findall(r"ld\.global\.\S*v4\.b32|ld\.global\.\S*v2\.b64", compiled.asm["ptx"])
-        ),
+        wide_loads=len(re.findall(r"\bLDG\.E\.128\b", code)),
     )
+
+
+def inspect(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:

@@ -134,6 +134,33 @@ def test_autocast_lowers_the_convolutions_only():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+def test_lengths_at_the_start(smooth):
+    """Every layer starts near the length it was drawn for, whatever the images look like.
+
+    Wanted: 0.89 for primary capsules (8 / 9), squash(0.5) = 0.2 in hidden layers, squash(0.35) =
+    0.11 for classes. Couplings that are not quite equal lengthen sums; a factor of two is allowed.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 28, 28)
+    if smooth:
+        x = torch.nn.functional.interpolate(x[..., :7, :7], size=(28, 28), mode="bilinear")
+    x = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
+    model = MoCapsNet((1, 28, 28), 10, channels=64)
+    lengths = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CapsuleLayer | PrimaryCapsules):
+            module.register_forward_hook(
+                lambda m, args, out, name=name: lengths.update({name: rms_length(out)})
+            )
+    with torch.no_grad():
+        model(x)
+    assert lengths["primary"] == pytest.approx(8 / 9, abs=0.1)
+    for name in ("first", "stack.layers.0", "stack.layers.1"):
+        assert 0.1 < lengths[name] < 0.4, name
+    assert 0.05 < lengths["last"] < 0.25
+
+
 def test_paper_initialisation():
     torch.manual_seed(0)
     model = MoCapsNet((1, 28, 28), 10, init="paper")
