@@ -305,7 +305,7 @@ def weight_gradient_kernel(
 ON_CHIP_VOTES = 16384
 """Votes of one sample, sides padded to powers of two, that registers hold at eight warps."""
 
-STREAM_TILE = 4096
+STREAM_TILE = 2048
 """Elements of a streamed tile [BLOCK_B, J, D]."""
 
 STREAM_PROGRAMS = 264

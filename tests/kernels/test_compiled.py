@@ -1,4 +1,4 @@
-"""Real machine code for GPUs that need not be there: it compiles and fits."""
+"""Real machine code for GPUs that need not be there: it compiles, fits, and does not spill."""
 
 import json
 import os
@@ -32,16 +32,15 @@ def compile_all(architecture, dtype):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-SPILL_FREE = {"layer 1", "block layer", "layer 2, 10 classes"}
-"""Shapes whose float32 configurations hold everything in registers. Those for 100 classes and for
-the low-precision types do not yet; the table shows them."""
+KNOWN_SPILLS = {(80, "layer 1", "streamed_backward_kernel")}
+"""Architecture, shape and kernel of those that spill a few registers; no others may."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture, dtype", [(80, "float32"), (90, "float32"), (90, "bfloat16")]
 )
-def test_kernels_compile_and_fit(architecture, dtype):
+def test_kernels_compile_fit_and_do_not_spill(architecture, dtype):
     rows = compile_all(architecture, dtype)
     print(f"\nsm_{architecture} {dtype}: registers, spills, shared bytes, 128-bit loads")
     for row in rows:
@@ -51,5 +50,5 @@ def test_kernels_compile_and_fit(architecture, dtype):
     assert {row["kernel"] for row in rows} >= ROUTING_KERNELS
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[architecture], row
-        if dtype == "float32" and row["of"] in SPILL_FREE:
+        if (architecture, row["of"], row["kernel"]) not in KNOWN_SPILLS:
             assert row["spills"] == 0, row
