@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test lint format format-check typecheck build clean distclean
+.PHONY: help train test test-gpu test-compiled lint format format-check typecheck build clean distclean
 
 help: ## show this list
 	@echo "MoCapsNet: momentum capsule networks with fused routing"
@@ -26,6 +26,14 @@ train: $(VENV)/.installed-train ## train on the embedded handwritten digits
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev ## run the kernels' tests natively on an NVIDIA GPU
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+		"no NVIDIA GPU that PyTorch can use: `make test` runs the same tests in an interpreter")'
+	$(BIN)/python -m pytest tests/kernels tests/mocapsnet $(ARGS)
+
+test-compiled: $(VENV)/.installed-dev ## compile every kernel for every GPU generation; needs no GPU
+	$(BIN)/python -m pytest tests/kernels/test_compiled.py -m whole_matrix -s $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check the code with ruff
 	$(BIN)/ruff check .

@@ -6,8 +6,8 @@ matrices, `v` [B, J, D] output capsules.
 """
 
 from .primary.op import primary_capsules
-from .routing.op import routing
+from .routing.op import explain, routing
 from .squash.op import squash
 from .votes.op import votes
 
-__all__ = ["primary_capsules", "routing", "squash", "votes"]
+__all__ = ["explain", "primary_capsules", "routing", "squash", "votes"]

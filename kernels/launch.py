@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +45,48 @@ def implementation(x: Tensor, backend: str | None, eager: str) -> str:
                 "run the kernels slowly on the CPU"
             )
     return backend
+
+
+class Launch(NamedTuple):
+    """One launch of a Triton kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    """Compile-time parameters, and the number of warps."""
+
+    def __str__(self) -> str:
+        grid = " x ".join(map(str, self.grid))
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.kernel.__name__} [{grid}] {options}"
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Runs kernel[grid](*args, **options); inside `recording` only notes it down.
+
+    Fused multiply-adds are asked for: Triton 3.10 no longer makes them unasked.
+    """
+    options["enable_fp_fusion"] = True
+    recorded = _recorded.get()
+    if recorded is None:
+        kernel[grid](*args, **options)
+    else:
+        recorded.append(Launch(kernel, grid, args, options))
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches made inside instead of making them."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:

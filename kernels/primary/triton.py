@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device
-from ..launch import accumulation_type, padded
+from ..launch import accumulation_type, launch, padded
 
 ELEMENTS = 1024
 """Elements of one program's tile."""
@@ -79,7 +79,7 @@ def forward(features: Tensor, dim: int) -> Tensor:
     features = dense(features)
     B, C, H, Wd = features.shape
     v = features.new_empty(B, C // dim * H * Wd, dim)
-    launch(forward_kernel, features, dim, features, v)
+    run(forward_kernel, features, dim, features, v)
     return v
 
 
@@ -87,7 +87,7 @@ def backward(features: Tensor, dv: Tensor, dim: int) -> Tensor:
     """dfeatures [B, C, H, Wd], in the memory format of the features, from dv."""
     features = dense(features)
     dfeatures = torch.empty_like(features)
-    launch(backward_kernel, features, dim, features, dv.contiguous(), dfeatures)
+    run(backward_kernel, features, dim, features, dv.contiguous(), dfeatures)
     return dfeatures
 
 
@@ -98,14 +98,16 @@ def dense(features: Tensor) -> Tensor:
     return features.contiguous()
 
 
-def launch(kernel: triton.JITFunction, features: Tensor, dim: int, *tensors: Tensor) -> None:
+def run(kernel: triton.JITFunction, features: Tensor, dim: int, *tensors: Tensor) -> None:
     B, C, H, Wd = features.shape
     G, positions = C // dim, H * Wd
     if features.numel() == 0:
         return
     block = max(1, min(ELEMENTS // padded(dim), padded(positions)))
     channels_last = not features.is_contiguous()
-    kernel[(B * G, triton.cdiv(positions, block))](
+    launch(
+        kernel,
+        (B * G, triton.cdiv(positions, block)),
         *tensors,
         G,
         dim,

@@ -29,6 +29,14 @@ def chunk_bytes() -> int:
     return min(max(kilobytes * 1024 // 16, 1 << 20), 8 << 20)
 
 
+def chunking(u: Tensor, W: Tensor) -> tuple[int, int]:
+    """Input capsules of a chunk, and how many chunks there are."""
+    N, _, J, D = W.shape
+    one = J * D * u.shape[0] * accumulation_dtype(u, W).itemsize
+    n = max(1, min(N, chunk_bytes() // max(one, 1)))
+    return n, -(-N // n)
+
+
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
     """Shape of the couplings [N, J, B] that forward keeps; (0,) if it keeps none."""
     N, J, B = u.shape[1], W.shape[2], u.shape[0]
@@ -67,18 +75,20 @@ def backward(
     kept: Tensor,
     method: str,
     routing_grad: str,
+    with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns du [B, N, K], dW [N, K, J, D] and dbias [J, D] from dv [B, J, D]."""
+    """Returns du [B, N, K], dW [N, K, J, D] and dbias [J, D] or [0], from dv [B, J, D]."""
     votes = Votes(u, W, method)
     gradients = Gradients(votes)
     s_all = s_all.permute(0, 2, 3, 1).contiguous()  # [R, J, D, B], the bits of forward
     v_all = [squash(s) for s in s_all.unbind()]
     dv = grad_v.permute(1, 2, 0).to(votes.dtype)  # [J, D, B]
     dstate = torch.zeros_like(dv)
-    dbias = dv.new_zeros(dv.shape[:2])
+    dbias = dv.new_zeros(dv.shape[:2] if with_bias else 0)
     for r in reversed(range(len(s_all))):
         ds = squash_gradient(s_all[r], dv)
-        dbias += ds.sum(-1)
+        if with_bias:
+            dbias += ds.sum(-1)
         if r == 0:
             gradients.add_uniform(ds)
         elif routing_grad == "final":
@@ -102,7 +112,7 @@ class Votes:
         self.u = u.permute(1, 2, 0).to(self.dtype).contiguous()  # [N, K, B]
         self.W = W.to(self.dtype).reshape(N, K, J * D)
         self.shape = (J, D, u.shape[0])
-        n = max(1, min(N, chunk_bytes() // max(J * D * u.shape[0] * self.dtype.itemsize, 1)))
+        n, _ = chunking(u, W)
         self.slices = [slice(start, min(start + n, N)) for start in range(0, N, n)]
         self.scratch = self.u.new_empty(n, *self.shape)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import accumulation_dtype, device_of, implementation
+from ..launch import (
+    accumulation_dtype,
+    device_of,
+    implementation,
+    recording,
+    triton_installed,
+)
 from . import chunked, reference
 
 
@@ -49,13 +55,32 @@ def routing(
             on the reference implementation only.
         backend: None chooses by device; "reference" is eager PyTorch with all votes in memory;
             "chunked" is PyTorch with a few input capsules' votes in memory at a time, the choice
-            for CPUs; "triton" is fused kernels, the choice for GPUs. The kernels have
-            method "rba" with routing_grad "final"; on a GPU the rest runs chunked.
+            for CPUs; "triton" is fused kernels, the choice for GPUs.
     Returns: output capsules [B, J, D], length of each in [0, 1).
     Raises: ValueError if a shape, dtype, device or option does not fit; the message says which.
     Source: Sabour et al. 2017, procedure 1 (rba); Peer et al. 2018, "gamma-capsules" (sda); see
         kernels/routing/README.md for the stateless form and both gradients.
     """
+    chosen = _implementation(u, W, iterations, method, routing_grad, bias, sda_mean, backend)
+    if chosen == "reference":
+        return _reference(u, W, iterations, method, routing_grad, bias, sda_mean)
+    needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
+    keep = needs_grad and iterations > 1
+    keep = keep and (method, routing_grad) == ("rba", "final")
+    return routing_forward(u, W, bias, iterations, method, routing_grad, keep, chosen)[0]
+
+
+def _implementation(
+    u: Tensor,
+    W: Tensor,
+    iterations: int,
+    method: str,
+    routing_grad: str,
+    bias: Tensor | None,
+    sda_mean: str,
+    backend: str | None,
+) -> str:
+    """Checks the arguments of `routing` and says what runs them."""
     checks.capsules_and_weight(u, W)
     checks.routing_options(iterations, method, routing_grad, sda_mean)
     if bias is not None:
@@ -65,24 +90,76 @@ def routing(
                 f"bias must be [J, D] = {list(W.shape[2:])} on {u.device}; "
                 f"got {list(bias.shape)} on {bias.device}"
             )
-    chosen = implementation(u, backend, eager="chunked")
-    if chosen == "triton" and (method, routing_grad) != ("rba", "final"):
-        if backend == "triton":
-            raise ValueError(
-                'backend="triton" has method="rba" with routing_grad="final"; got '
-                f'method="{method}" with routing_grad="{routing_grad}": use backend=None'
-            )
-        chosen = "chunked"
     if method == "sda" and sda_mean == "batch":
         if backend not in (None, "reference"):
             raise ValueError(f'sda_mean="batch" needs backend="reference" or None; got "{backend}"')
-        chosen = "reference"
-    if chosen == "reference":
-        return _reference(u, W, iterations, method, routing_grad, bias, sda_mean)
-    needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
-    keep = needs_grad and iterations > 1
-    keep = keep and (chosen, method, routing_grad) == ("chunked", "rba", "final")
-    return routing_forward(u, W, bias, iterations, method, routing_grad, keep, chosen)[0]
+        return "reference"
+    return implementation(u, backend, eager="chunked")
+
+
+class Explanation(NamedTuple):
+    """What runs a call of `routing`; `str` writes it in lines.
+
+    `forward` and `backward` name kernels with their grids and compile-time parameters, in the
+    order of their launches, or the size of the chunks; nothing for the reference.
+    """
+
+    backend: str
+    form: str
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.form}"]
+        lines += [f"  forward:  {step}" for step in self.forward]
+        return "\n".join(lines + [f"  backward: {step}" for step in self.backward])
+
+
+def explain(
+    u: Tensor,
+    W: Tensor,
+    *,
+    iterations: int = 3,
+    method: str = "rba",
+    routing_grad: str = "final",
+    bias: Tensor | None = None,
+    sda_mean: str = "input",
+    backend: str | None = None,
+) -> Explanation:
+    """Which implementation, kernels and configurations `routing` uses for these arguments.
+
+    The choice follows from shapes, dtypes and device alone; nothing is computed, and tensors on
+    the meta device do. `backend="triton"` tells what a GPU would run also where there is none.
+
+    Args, raises: as for `routing`.
+    """
+    modes = (iterations, method, routing_grad)
+    if backend != "triton":
+        backend = _implementation(u, W, *modes, bias, sda_mean, backend)
+    else:
+        _implementation(u, W, *modes, bias, sda_mean, "reference")
+        if not triton_installed():
+            raise ValueError('backend="triton" needs the package triton: pip install triton')
+    if backend == "reference":
+        return Explanation(backend, "eager PyTorch with all votes in memory", (), ())
+    if backend == "chunked":
+        n, chunks = chunked.chunking(u, W)
+        step = f"{chunks} chunks of {n} input capsules"
+        return Explanation(
+            backend, "PyTorch, votes of a chunk in memory at a time", (step,), (step,)
+        )
+    from . import triton
+
+    u, W = u.to("meta"), W.to("meta")
+    bias = None if bias is None else bias.to("meta")
+    keep = (method, routing_grad) == ("rba", "final") and iterations > 1
+    with recording() as forward:
+        v, *saved = triton.forward(u, W, bias, iterations, method, keep)
+    with recording() as backward:
+        triton.backward(v, u, W, *saved, method, routing_grad, bias is not None)
+    on_chip = any(launch.kernel is triton.on_chip_forward_kernel for launch in forward)
+    form = "on chip, a sample per program" if on_chip else "streamed over the input capsules"
+    return Explanation(backend, form, *(tuple(map(str, part)) for part in (forward, backward)))
 
 
 def _reference(
@@ -123,8 +200,7 @@ def routing_forward(
         from . import triton
 
         with device_of(u):
-            v, sums = triton.forward(u, W, bias, iterations)
-        return v, sums, sums.new_empty(0)
+            return triton.forward(u, W, bias, iterations, method, keep)
     with torch.autocast(u.device.type, enabled=False):
         return chunked.forward(u, W, bias, iterations, method, keep)
 
@@ -142,10 +218,16 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, (J, D) = u.shape[0], W.shape[2:]
     acc = accumulation_dtype(u, W)
+    if backend == "triton":
+        from . import triton
+
+        kept_shape = triton.kept_shape(u, W, keep)
+    else:
+        kept_shape = chunked.kept_shape(u, W, keep)
     return (
         u.new_empty(B, J, D, dtype=torch.promote_types(u.dtype, W.dtype)),
         u.new_empty(iterations, B, J, D, dtype=acc),
-        u.new_empty(chunked.kept_shape(u, W, keep), dtype=acc),
+        u.new_empty(kept_shape, dtype=acc),
     )
 
 
@@ -158,16 +240,17 @@ def routing_backward(
     kept: Tensor,
     method: str,
     routing_grad: str,
+    with_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du [B, N, K], dW [N, K, J, D] and dbias [J, D]."""
+    """du [B, N, K], dW [N, K, J, D], and dbias [J, D] or without bias [0]."""
     if backend == "triton":
         from . import triton
 
         with device_of(u):
-            return triton.backward(grad_v, u, W, sums)
+            return triton.backward(grad_v, u, W, sums, kept, method, routing_grad, with_bias)
     with torch.autocast(u.device.type, enabled=False):
-        return chunked.backward(grad_v, u, W, sums, kept, method, routing_grad)
+        return chunked.backward(grad_v, u, W, sums, kept, method, routing_grad, with_bias)
 
 
 @routing_backward.register_fake
@@ -179,9 +262,10 @@ def _(
     kept: Tensor,
     method: str,
     routing_grad: str,
+    with_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = W.new_empty(W.shape[2:], dtype=sums.dtype)
+    dbias = sums.new_empty(W.shape[2:] if with_bias else 0)
     return u.new_empty(u.shape), W.new_empty(W.shape), dbias
 
 
@@ -197,11 +281,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_v is None:
         return (None,) * 8
+    with_bias = ctx.bias_dtype is not None
     du, dW, dbias = routing_backward(
-        grad_v, *ctx.saved_tensors, ctx.method, ctx.routing_grad, ctx.backend
+        grad_v, *ctx.saved_tensors, ctx.method, ctx.routing_grad, with_bias, ctx.backend
     )
-    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-    return du, dW, dbias, None, None, None, None, None
+    return du, dW, dbias.to(ctx.bias_dtype) if with_bias else None, None, None, None, None, None
 
 
 routing_forward.register_autograd(_backward, setup_context=_setup_context)

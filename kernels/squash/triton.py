@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device
-from ..launch import accumulation_type, padded
+from ..launch import accumulation_type, launch, padded
 
 ELEMENTS = 2048
 """Elements of one program's tile."""
@@ -39,7 +39,7 @@ def forward(s: Tensor) -> Tensor:
     """squash of s [..., D]."""
     s = s.contiguous()
     v = torch.empty_like(s)
-    launch(forward_kernel, s, v)
+    run(forward_kernel, s, v)
     return v
 
 
@@ -47,17 +47,18 @@ def backward(s: Tensor, dv: Tensor) -> Tensor:
     """ds [..., D] from s and dv."""
     s, dv = s.contiguous(), dv.contiguous()
     ds = torch.empty_like(s)
-    launch(backward_kernel, s, dv, ds)
+    run(backward_kernel, s, dv, ds)
     return ds
 
 
-def launch(kernel: triton.JITFunction, s: Tensor, *others: Tensor) -> None:
+def run(kernel: triton.JITFunction, s: Tensor, *others: Tensor) -> None:
     D = s.shape[-1]
     rows = s.numel() // D if D else 0
     block = max(1, ELEMENTS // padded(D))
     if rows:
-        grid = (triton.cdiv(rows, block),)
-        kernel[grid](
+        launch(
+            kernel,
+            (triton.cdiv(rows, block),),
             s,
             *others,
             rows,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import accumulation_type, dot_precision, padded
+from ..launch import accumulation_type, dot_precision, launch, padded
 
 
 @triton.jit
@@ -79,7 +79,9 @@ def matmul(a: Tensor, b: Tensor, c: Tensor) -> None:
     if c.numel() == 0:
         return
     block_m, block_n = (min(64, max(16, padded(size))) for size in (M, N))
-    matmul_kernel[(capsules, triton.cdiv(M, block_m), triton.cdiv(N, block_n))](
+    launch(
+        matmul_kernel,
+        (capsules, triton.cdiv(M, block_m), triton.cdiv(N, block_n)),
         a,
         b,
         c,

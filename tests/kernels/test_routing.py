@@ -215,7 +215,7 @@ def test_opcheck(method, grad):
     torch.library.opcheck(routing_forward, (*leaves, 3, method, grad, keep, "chunked"))
     _, sums, kept = routing_forward(u, W, bias, 3, method, grad, keep, "chunked")
     tensors = [x.detach() for x in (g, u, W, sums, kept)]
-    torch.library.opcheck(routing_backward, (*tensors, method, grad, "chunked"))
+    torch.library.opcheck(routing_backward, (*tensors, method, grad, True, "chunked"))
 
 
 @pytest.mark.parametrize("grad", GRADS)

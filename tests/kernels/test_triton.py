@@ -1,16 +1,20 @@
 """Triton kernels against the float64 references: interpreted without a GPU, native with one."""
 
+import itertools
+
 import pytest
 import torch
 
-from mocapsnet.kernels import launch, primary_capsules, routing, squash, votes
+from mocapsnet.kernels import explain, launch, primary_capsules, routing, squash, votes
 from mocapsnet.kernels.primary.op import primary_backward, primary_forward
+from mocapsnet.kernels.routing import op as routing_op
 from mocapsnet.kernels.routing import triton as routing_kernels
 from mocapsnet.kernels.routing.op import routing_backward, routing_forward
 from mocapsnet.kernels.squash.op import squash_backward, squash_forward
 from mocapsnet.kernels.votes.op import votes_backward, votes_forward
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+MODES = list(itertools.product(["rba", "sda"], ["final", "full"]))  # method, routing_grad
 SHAPES = [  # B, N, K, J, D
     (3, 6, 3, 5, 3),  # no side a power of two
     (2, 4, 8, 4, 8),  # every side a power of two
@@ -39,9 +43,12 @@ def form(request, monkeypatch):
         monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
         monkeypatch.setattr(routing_kernels, "STREAM_PROGRAMS", 3)  # several input capsules each
     if request.param == "streamed in parts":
-        monkeypatch.setattr(routing_kernels, "COUPLINGS_BYTES", 300)
-    monkeypatch.setattr(routing_kernels, f"{other}_forward_kernel", None)
-    monkeypatch.setattr(routing_kernels, f"{other}_backward_kernel", None)
+        monkeypatch.setattr(routing_kernels, "TERMS_BYTES", 300)
+        monkeypatch.setattr(routing_kernels, "KEPT_BYTES", 0)
+    broken = [name for name in vars(routing_kernels) if name.startswith(other)]
+    assert len(broken) == 2
+    for name in broken:
+        monkeypatch.setattr(routing_kernels, name, None)
     return request.param
 
 
@@ -75,8 +82,17 @@ def assert_as_good_as_eager(function, inputs, g):
             assert ((x - t).abs() <= 2 * (e - t).abs().max() + floor).all()
 
 
-def route(u, W, bias=None, **options):
-    return routing(u, W, bias=bias, **options)
+def routed(mode):
+    """`routing` of one mode, as a function of u, W and perhaps a bias."""
+    method, routing_grad = mode
+
+    def route(u, W, bias=None, **options):
+        return routing(u, W, bias=bias, method=method, routing_grad=routing_grad, **options)
+
+    return route
+
+
+route = routed(("rba", "final"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,31 +124,39 @@ def test_votes(shape, dtype, device):
     assert_as_good_as_eager(votes, [u, W], g)
 
 
+# The other modes differ in the code of a tile, not in how shapes are cut into tiles.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_routing(shape, dtype, form, device):
+@pytest.mark.parametrize(
+    "mode, shape",
+    [(MODES[0], shape) for shape in SHAPES] + list(itertools.product(MODES[1:], SHAPES[:1])),
+)
+def test_routing(mode, shape, dtype, form, device):
     B, N, K, J, D = shape
     u, W, bias, g = tensors(device, dtype, (B, N, K), (N, K, J, D), (J, D), (B, J, D))
-    assert_as_good_as_eager(route, [u, W, bias], g)
+    assert_as_good_as_eager(routed(mode), [u, W, bias], g)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])
-def test_routing_iterations_without_bias(iterations, form, device):
+@pytest.mark.parametrize("mode", MODES, ids=" ".join)
+def test_routing_iterations_without_bias(mode, iterations, form, device):
     u, W, g = tensors(device, torch.float64, (3, 6, 3), (6, 3, 5, 3), (3, 5, 3))
     options = dict(iterations=iterations)
-    got = run(route, [u, W], g, backend="triton", **options)
-    want = run(route, [u, W], g, backend="reference", **options)
+    got = run(routed(mode), [u, W], g, backend="triton", **options)
+    want = run(routed(mode), [u, W], g, backend="reference", **options)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", ["zero", "tiny", "huge", "tied"])
-def test_routing_of_extreme_votes(kind, form, device):
+@pytest.mark.parametrize("kind", ["zero", "some zero", "tiny", "huge", "tied"])
+@pytest.mark.parametrize("mode", MODES, ids=" ".join)
+def test_routing_of_extreme_votes(mode, kind, form, device):
     u, W, g = tensors(device, torch.float64, (3, 6, 4), (6, 4, 5, 3), (3, 5, 3))
-    u = u * {"zero": 0, "tiny": 1e-100, "huge": 1e8, "tied": 1}[kind]
+    u = u * {"zero": 0, "some zero": 1, "tiny": 1e-100, "huge": 1e8, "tied": 1}[kind]
+    if kind == "some zero":
+        u[:, ::2] = 0
     W = W[:, :, :1].expand_as(W).contiguous() if kind == "tied" else W
-    want = run(route, [u, W], g, backend="reference")
-    for x, y in zip(run(route, [u, W], g, backend="triton"), want, strict=True):
+    want = run(routed(mode), [u, W], g, backend="reference")
+    for x, y in zip(run(routed(mode), [u, W], g, backend="triton"), want, strict=True):
         assert x.isfinite().all()
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9 * float(y.abs().max()))
 
@@ -176,6 +200,17 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(lambda u, W: votes(u, W, backend="triton"), (u, W))
 
 
+@pytest.mark.parametrize("form", ["on chip", "streamed"], indirect=True)
+@pytest.mark.parametrize("method", ["rba", "sda"])
+def test_gradcheck_of_the_full_gradient(method, form, device):
+    u, W, bias = (
+        x.requires_grad_()
+        for x in tensors(device, torch.float64, (1, 2, 1), (2, 1, 3, 2), (3, 2), scale=1.5)
+    )
+    route = routed((method, "full"))
+    assert torch.autograd.gradcheck(lambda *x: route(*x, backend="triton"), (u, W, bias))
+
+
 def test_opcheck(device):
     s, features, u, W = (
         x.requires_grad_()
@@ -188,11 +223,13 @@ def test_opcheck(device):
     torch.library.opcheck(votes_forward, (u, W))
     u_hat = votes(u, W).detach()
     torch.library.opcheck(votes_backward, (u_hat, u.detach(), W.detach()))
-    options = ("rba", "final")
-    torch.library.opcheck(routing_forward, (u, W, None, 3, *options, False, "triton"))
-    v, sums, kept = (x.detach() for x in routing_forward(u, W, None, 3, *options, False, "triton"))
-    arguments = (v, u.detach(), W.detach(), sums, kept, *options, "triton")
-    torch.library.opcheck(routing_backward, arguments)
+    for method, routing_grad in MODES:
+        options = (method, routing_grad)
+        arguments = (u, W, None, 3, *options, options == MODES[0], "triton")
+        torch.library.opcheck(routing_forward, arguments)
+        v, sums, kept = (x.detach() for x in routing_forward(*arguments))
+        arguments = (v, u.detach(), W.detach(), sums, kept, *options, False, "triton")
+        torch.library.opcheck(routing_backward, arguments)
 
 
 def test_mixed_dtypes(form, device):
@@ -204,20 +241,34 @@ def test_mixed_dtypes(form, device):
 
 
 def test_the_form_follows_from_shapes():
-    def weight(*shape):
-        return torch.empty(shape, device="meta")
+    def plan(*sizes):
+        return routing_kernels.plan(128, *sizes, 4)
 
-    assert routing_kernels.on_chip(weight(32, 8, 32, 8))  # block layer
-    assert routing_kernels.on_chip(weight(32, 8, 10, 16))  # layer 2, 10 classes
-    assert not routing_kernels.on_chip(weight(32, 8, 100, 16))  # layer 2, 100 classes
-    assert not routing_kernels.on_chip(weight(1152, 8, 32, 8))  # layer 1
-    assert routing_kernels.streamed_grid(128, 1152, 32, 8) == (8, 16, 72)
+    assert plan(32, 32, 8).on_chip  # block layer
+    assert plan(32, 10, 16).on_chip  # layer 2, 10 classes
+    assert not plan(32, 100, 16).on_chip  # layer 2, 100 classes
+    assert plan(1152, 32, 8) == (False, 4, 18, 1)  # layer 1
+
+
+def test_explain_names_what_runs(form, monkeypatch):
+    u, W = torch.empty(3, 6, 3), torch.empty(6, 3, 5, 3)
+    explained = explain(u, W, backend="triton")
+    with launch.recording() as launches:
+        got = routing(u.requires_grad_(), W, backend="triton")
+        got.sum().backward()
+    assert explained.forward + explained.backward == tuple(map(str, launches))
+    assert explained.form.startswith("on chip" if form == "on chip" else "streamed")
+    assert explain(u, W).backend == "chunked"
+    assert explain(u, W, method="sda", sda_mean="batch").backend == "reference"
+    with pytest.raises(ValueError, match="method must be"):
+        explain(u, W, method="em", backend="triton")
+    monkeypatch.setattr(routing_op, "triton_installed", lambda: False)
+    with pytest.raises(ValueError, match="pip install triton"):
+        explain(u, W, backend="triton")
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     x, W = torch.randn(2, 3, 4), torch.randn(3, 4, 5, 2)
-    with pytest.raises(ValueError, match='has method="rba" with routing_grad="final"'):
-        routing(x, W, method="sda", backend="triton")
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="needs tensors on a GPU; got one on cpu"):
         squash(x, backend="triton")
