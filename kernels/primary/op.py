@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import device_of, implementation
+from ..launch import device_of, implementation, refuse_double_backward
 from . import reference
 
 
@@ -77,3 +77,4 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor, None]:
 
 
 primary_forward.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(primary_backward)

@@ -13,6 +13,7 @@ from ..launch import (
     device_of,
     implementation,
     recording,
+    refuse_double_backward,
     triton_installed,
 )
 from . import chunked, reference
@@ -289,3 +290,4 @@ def _backward(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None,
 
 
 routing_forward.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(routing_backward)

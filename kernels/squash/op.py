@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import device_of, implementation
+from ..launch import device_of, implementation, refuse_double_backward
 from . import reference
 
 
@@ -68,3 +68,4 @@ def _backward(ctx: Any, dv: Tensor) -> Tensor:
 
 
 squash_forward.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(squash_backward)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import device_of, implementation
+from ..launch import device_of, implementation, refuse_double_backward
 from . import reference
 
 
@@ -70,3 +70,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 votes_forward.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(votes_backward)

@@ -75,6 +75,7 @@ def test_kernels_compile_fit_and_do_not_spill(architecture, dtype, only):
     compile_and_check(architecture, dtype, only)
 
 
+@pytest.mark.slow
 @pytest.mark.whole_matrix
 @pytest.mark.parametrize("architecture, dtype, only", WHOLE)
 def test_every_kernel_on_every_architecture(architecture, dtype, only):

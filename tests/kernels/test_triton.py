@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from mocapsnet.kernels import explain, launch, primary_capsules, routing, squash, votes
 from mocapsnet.kernels.primary.op import primary_backward, primary_forward
@@ -190,6 +192,15 @@ def test_same_inputs_same_bits(form, device):
         assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_gpu():
+    u, W, g = tensors("cuda:1", torch.float32, (3, 6, 3), (6, 3, 5, 3), (3, 5, 3))
+    for x, y in zip(run(route, [u, W], g), run(route, [u.cpu(), W.cpu()], g.cpu()), strict=True):
+        assert x.device == u.device
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-5)
+
+
 def test_gradcheck(device):
     s, features, u, W = (
         x.requires_grad_()
@@ -209,6 +220,55 @@ def test_gradcheck_of_the_full_gradient(method, form, device):
     )
     route = routed((method, "full"))
     assert torch.autograd.gradcheck(lambda *x: route(*x, backend="triton"), (u, W, bias))
+
+
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_double_backward_is_a_clear_error(backend, device):
+    u, W = (x.requires_grad_() for x in tensors(device, torch.float32, (2, 2, 3), (2, 3, 2, 2)))
+    v = routing(u, W, backend=backend)
+    (du,) = torch.autograd.grad(v.sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match='no double backward .* use backend="reference"'):
+        du.sum().backward()
+
+
+@given(data=st.data())
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+@pytest.mark.parametrize("mode", MODES, ids=" ".join)
+def test_any_shape_and_values(mode, form, device, data):
+    B, N, K, J = (data.draw(st.integers(1, most)) for most in (5, 6, 4, 6))
+    D = data.draw(st.integers(2, 5))  # for D = 1 the derivative of a long sum cancels to nothing
+    scales = st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 30.0, 1e6])
+    u, W, bias, g = tensors(device, torch.float64, (B, N, K), (N, K, J, D), (J, D), (B, J, D))
+    u, bias = u * data.draw(scales), bias * data.draw(scales)
+    if data.draw(st.booleans()):
+        u[:, ::2] = 0
+    if data.draw(st.booleans()):
+        W = W[:, :, :1].expand_as(W)
+    options = dict(iterations=data.draw(st.integers(1, 4)))
+    want = run(routed(mode), [u, W, bias], g, backend="reference", **options)
+    got = run(routed(mode), [u, W, bias], g, backend="triton", **options)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8 * float(y.abs().max()))
+
+
+def test_compiles_and_exports(form, device):
+    u, W, g = tensors(device, torch.float64, (3, 6, 3), (6, 3, 5, 3), (3, 5, 3))
+    eager = run(route, [u, W], g, backend="triton")
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    for x, y in zip(run(compiled, [u, W], g, backend="triton"), eager, strict=True):
+        assert torch.equal(x, y)
+
+    class Layer(torch.nn.Module):
+        def forward(self, u, W):
+            return routing(u, W, backend="triton")
+
+    exported = torch.export.export(Layer(), (u, W))
+    assert torch.equal(exported.module()(u, W), eager[0])
 
 
 def test_opcheck(device):

@@ -51,6 +51,15 @@ def test_the_paper_s_network():
     assert isinstance(ResCapsNet((1, 28, 28), 10, **SMALL).stack, ResidualStack)
 
 
+def test_convolutions_start_with_equal_weights_that_keep_the_mean_square():
+    torch.manual_seed(0)
+    model = CapsNet((1, 20, 20), 10, channels=64, kernel_size=5)
+    first, second = model.convolutions[0].weight, model.convolutions[2].weight
+    assert first.std().item() == pytest.approx(second.std().item(), rel=0.05)
+    features = model.convolutions(images(8, (1, 20, 20)))
+    assert features.square().mean().item() == pytest.approx(1, rel=0.15)
+
+
 @pytest.mark.parametrize("model_class", MODELS)
 @pytest.mark.parametrize("shape, stride", [((1, 12, 10), 2), ((3, 9, 14), 1)])  # not square
 def test_shapes_ranges_and_gradients(model_class, shape, stride):

@@ -1,0 +1,244 @@
+"""The streamed form: a program owns a tile of the batch and a slice of the input capsules, holds
+the state [B, J, D], and walks over its input capsules; votes are made, used and dropped."""
+
+import triton
+import triton.language as tl
+
+from .. import device
+from . import tile
+
+
+@triton.jit(do_not_specialize=["B", "N", "per_slice"])
+def streamed_sum_kernel(
+    u_ptr,
+    W_ptr,
+    V_ptr,
+    ds_ptr,
+    c_ptr,
+    partial_ptr,
+    B,
+    N,
+    per_slice,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    SDA: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """s of one iteration, or d(state) if GRADIENT, over a slice each: partial [slices, B, J, D].
+
+    The couplings [B, N, J] are stored if KEEP.
+    """
+    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
+    j = tl.arange(0, BLOCK_J)[None, :, None]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    m_v = (b < B) & (j < J) & (d < D)
+    o_v = b * J * D + j * D + d
+    first = tl.program_id(1).to(tl.int64) * per_slice
+    acc = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
+    if not UNIFORM:
+        V = tl.load(V_ptr + o_v, m_v, 0)
+    if GRADIENT:
+        ds = tl.load(ds_ptr + o_v, m_v, 0)
+    for i in range(first, tl.minimum(first + per_slice, N)):
+        p_u = u_ptr + (b * N + i) * K
+        p_W = W_ptr + i * K * J * D + j * D + d
+        u_hat = tile.votes(p_u, b < B, p_W, (j < J) & (d < D), K, J, D, ACC)  # [B, J, D]
+        if SDA:
+            u_hat, _, _ = tile.shorten(u_hat, p_u, b < B, K, ACC)
+        if UNIFORM:
+            acc += u_hat
+        else:
+            c = tile.couplings(u_hat, V, j < J, J, SCALE, SDA)
+            if GRADIENT:
+                p = tile.logit_gradient(u_hat, c, ds, V, J, SCALE, SDA)
+                if SDA:
+                    acc -= p * (u_hat - V)
+                else:
+                    acc += p * u_hat
+            else:
+                acc += c * u_hat
+            if KEEP:
+                tl.store(c_ptr + (b * N + i) * J + j, c, (b < B) & (j < J))
+    if UNIFORM:
+        acc = acc / J
+    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * B * J * D + o_v, acc, m_v)
+
+
+@triton.jit
+def sum_of_slices(p_partial, m, stride, slices, BLOCK_S: tl.constexpr):
+    """Sum of the slices' parts [1, J, D], BLOCK_S loads at a time, always in the same order."""
+    q = tl.arange(0, BLOCK_S)[:, None, None]
+    total = tl.sum(tl.load(p_partial + q * stride, m & (q < slices), 0), 0, keep_dims=True)
+    for begin in range(BLOCK_S, slices, BLOCK_S):
+        part = tl.load(p_partial + (begin + q) * stride, m & (begin + q < slices), 0)
+        total += tl.sum(part, 0, keep_dims=True)
+    return total
+
+
+@triton.jit(do_not_specialize=["slices", "B"])
+def output_kernel(
+    partial_ptr,
+    bias_ptr,
+    s_ptr,
+    v_ptr,
+    V_ptr,
+    slices,
+    B,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """s, v and the next state [B, J, D] of one iteration; the state grows by v if ADD."""
+    b = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK_J)[None, :, None]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    m = (j < J) & (d < D)
+    o = b * J * D + j * D + d
+    s = sum_of_slices(partial_ptr + o, m, B.to(tl.int64) * J * D, slices, BLOCK_S)
+    if HAS_BIAS:
+        s += tl.load(bias_ptr + j * D + d, m, 0).to(ACC)
+    v = device.squash(s, 2)
+    tl.store(s_ptr + o, s, m)
+    tl.store(v_ptr + o, v, m)
+    if ADD:
+        v += tl.load(V_ptr + o, m, 0)
+    tl.store(V_ptr + o, v, m)
+
+
+@triton.jit(do_not_specialize=["slices", "B", "r"])
+def output_gradient_kernel(
+    dv_ptr,
+    partial_ptr,
+    dV_ptr,
+    s_ptr,
+    ds_ptr,
+    V_ptr,
+    slices,
+    B,
+    r,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    SDA: tl.constexpr,
+    LAST: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """ds and the state of iteration r, from dv if it is the LAST, else from the sums of d(state).
+
+    What iteration r + 1 gave is added to what those after it gave, in dV, if ADD.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK_J)[None, :, None]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    m = (j < J) & (d < D)
+    o = b * J * D + j * D + d
+    stride = B.to(tl.int64) * J * D
+    s = tl.load(s_ptr + r * stride + o, m, 0)
+    if LAST:
+        dv = tl.load(dv_ptr + o, m, 0).to(ACC)
+    else:
+        dv = sum_of_slices(partial_ptr + o, m, stride, slices, BLOCK_S)
+        if ADD:
+            dv += tl.load(dV_ptr + o, m, 0)
+        tl.store(dV_ptr + o, dv, m)
+    tl.store(ds_ptr + o, device.squash_gradient(s, dv, 2), m)
+    if not UNIFORM:
+        tl.store(V_ptr + o, tile.state(s_ptr, o, m, stride, r, s, SDA), m)
+
+
+@triton.jit(do_not_specialize=["B", "N", "begin", "end", "per_slice"])
+def streamed_backward_kernel(
+    u_ptr,
+    W_ptr,
+    x_ptr,
+    du_ptr,
+    a_ptr,
+    B,
+    N,
+    begin,
+    end,
+    per_slice,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    TERMS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SDA: tl.constexpr,
+    FULL: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """du, and the terms a [TERMS (+ 1), B, end - begin, J] of d(u_hat), for i from begin to end.
+
+    If KEPT, the one term of rba "final" stands in a already: the couplings that forward kept.
+    """
+    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
+    j = tl.arange(0, BLOCK_J)[None, :, None]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    m_v = (b < B) & (j < J) & (d < D)
+    p_x = x_ptr + b * J * D + j * D + d
+    stride_x = B.to(tl.int64) * J * D
+    stride_a = B.to(tl.int64) * (end - begin) * J
+    m_a = (b < B) & (j < J)
+    first = begin + tl.program_id(1).to(tl.int64) * per_slice
+    for i in range(first, tl.minimum(first + per_slice, end)):
+        p_u = u_ptr + (b * N + i) * K
+        p_W, m_W = W_ptr + i * K * J * D + j * D + d, (j < J) & (d < D)
+        p_a = a_ptr + (b * (end - begin) + i - begin) * J + j
+        radial = 0.0
+        if KEPT:
+            g = tl.load(p_a, m_a, 0) * tl.load(p_x, m_v, 0)
+        else:
+            u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
+            f = tl.full([BLOCK_B, BLOCK_J, 1], 1, ACC)
+            if SDA:
+                u_hat, f, length = tile.shorten(u_hat, p_u, b < B, K, ACC)
+            g = tl.zeros_like(u_hat)  # d(u_hat)
+            of_vote = tl.zeros_like(f)
+            for n in tl.static_range(1, R):  # iterations r = R - 1, ..., 1 counted from 0
+                if FULL or n == 1:
+                    ds = tl.load(p_x + (R - n if FULL else 0) * stride_x, m_v, 0)
+                    V = tl.load(p_x + (2 * R - n - 1 if FULL else 1) * stride_x, m_v, 0)
+                    c = tile.couplings(u_hat, V, j < J, J, SCALE, SDA)
+                    g += c * ds
+                    tl.store(p_a + (R - n if FULL else 0) * stride_a, f * c, m_a)
+                    if FULL:
+                        p = tile.logit_gradient(u_hat, c, ds, V, J, SCALE, SDA)
+                        if SDA:
+                            g += p * (u_hat - V)
+                            of_vote += p
+                            p = -p
+                        else:
+                            g += p * V
+                        tl.store(p_a + (2 * R - n - 1) * stride_a, f * p, m_a)
+            if FULL or R == 1:
+                g += tl.load(p_x, m_v, 0) / J
+                tl.store(p_a, f / J, m_a)
+            if SDA:
+                g, along = tile.unshorten(g, u_hat, f, length)
+                tl.store(p_a + TERMS * stride_a, f * f * (of_vote - along), m_a)
+                radial = tl.sum(along, 1, keep_dims=True)
+        tile.input_gradient(
+            du_ptr + (b * N + i) * K, p_u, b < B, p_W, m_W, g, radial, K, J, D, SDA, ACC
+        )

@@ -1,0 +1,107 @@
+"""What routing does to a tile of votes, as device functions. Equations: README.md.
+
+A tile is [X, J, D] in the accumulation dtype, X being input capsules in the on-chip form and
+samples in the streamed form. SDA is the method: scaled-distance agreement, else by agreement.
+"""
+
+import triton
+import triton.language as tl
+
+from .. import device
+
+
+@triton.jit
+def votes(p_u, m_u, p_W, m_W, K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
+    """u_hat [X, J, D] as K rank-one updates (equation 1); p_u and p_W point at component k = 0."""
+    u_hat = tl.load(p_u, m_u, 0).to(ACC) * tl.load(p_W, m_W, 0).to(ACC)
+    for k in tl.static_range(1, K):
+        u_hat += tl.load(p_u + k, m_u, 0).to(ACC) * tl.load(p_W + k * J * D, m_W, 0).to(ACC)
+    return u_hat
+
+
+@triton.jit
+def couplings(u_hat, V, valid, J: tl.constexpr, SCALE: tl.constexpr, SDA: tl.constexpr):
+    """c_ij [X, J, 1] from the state (equations 3 and 4, or 3 and 6)."""
+    if SDA:
+        d, m = distances(u_hat, V, J)
+        b = tl.where(m > 0, SCALE * d / tl.where(m > 0, m, 1), 0)
+    else:
+        b = tl.sum(u_hat * V, 2, keep_dims=True)
+    return device.softmax(b, valid, 1)
+
+
+@triton.jit
+def shorten(vote, p_u, m_u, K: tl.constexpr, ACC: tl.constexpr):
+    """u_hat, f_ij [X, J, 1] and |u_i| [X, 1, 1] (equation 5)."""
+    u_k = tl.load(p_u, m_u, 0).to(ACC)
+    length = u_k * u_k
+    for k in tl.static_range(1, K):
+        u_k = tl.load(p_u + k, m_u, 0).to(ACC)
+        length += u_k * u_k
+    length = tl.sqrt(length)
+    vote_length = tl.sqrt(tl.sum(vote * vote, 2, keep_dims=True))
+    too_long = vote_length > length
+    f = tl.where(too_long, length / tl.where(too_long, vote_length, 1), 1)
+    return f * vote, f, length
+
+
+@triton.jit
+def distances(u_hat, v, J: tl.constexpr):
+    """d_ij [X, J, 1] and m_i [X, 1, 1] (equation 6); padding has distance 0."""
+    d = tl.sqrt(tl.sum((v - u_hat) * (v - u_hat), 2, keep_dims=True))
+    return d, tl.sum(d, 1, keep_dims=True) / J
+
+
+@triton.jit
+def state(s_ptr, o_v, m_v, stride_r, r, like, SDA: tl.constexpr):
+    """The state of iteration r >= 1, V or v(r - 1), from the sums s of the iterations before it."""
+    V = tl.zeros_like(like)
+    for q in range(r - 1 if SDA else 0, r):
+        V += device.squash(tl.load(s_ptr + q * stride_r + o_v, m_v, 0), 2)
+    return V
+
+
+@triton.jit
+def logit_gradient(u_hat, c, ds, V, J: tl.constexpr, SCALE: tl.constexpr, SDA: tl.constexpr):
+    """p_ij [X, J, 1]: db_ij for rba (9, 10); dd_ij / d_ij for sda (12), 0 where d_ij is."""
+    dc = tl.sum(u_hat * ds, 2, keep_dims=True)
+    p = c * (dc - tl.sum(c * dc, 1, keep_dims=True))
+    if SDA:
+        d, m = distances(u_hat, V, J)
+        safe = tl.where(m > 0, m, 1)
+        dd = SCALE * (p - tl.sum(p * d, 1, keep_dims=True) / J / safe) / safe
+        p = tl.where(d > 0, dd / tl.where(d > 0, d, 1), 0)
+    return p
+
+
+@triton.jit
+def unshorten(g, u_hat, f, length):
+    """d(vote_ij) from g = d(u_hat_ij), and d|u_i| / |u_i| by each vote [X, J, 1] (equation 13)."""
+    safe = tl.where(length > 0, length, 1)
+    along = tl.where(f < 1, tl.sum(g * u_hat, 2, keep_dims=True) / safe / safe, 0)
+    return f * (g - u_hat * along), along
+
+
+@triton.jit
+def input_gradient(
+    p_du,
+    p_u,
+    m_u,
+    p_W,
+    m_W,
+    g,
+    radial,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    SDA: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Stores du_i = sum_j W_ij d(vote_ij) + radial_i u_i (13, 14), one component k at a time."""
+    for k in tl.static_range(K):
+        b_W = tl.load(p_W + k * J * D, m_W, 0).to(ACC)
+        by_row = tl.reshape(g * b_W, [g.shape[0], g.shape[1] * g.shape[2], 1])
+        b_du = tl.sum(by_row, 1, keep_dims=True)
+        if SDA:
+            b_du += radial * tl.load(p_u + k, m_u, 0).to(ACC)
+        tl.store(p_du + k, b_du, m_u)
