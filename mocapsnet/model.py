@@ -164,11 +164,13 @@ class CapsNet(nn.Module):
         self.primary = PrimaryCapsules(c.capsule_dim)
 
         if c.init == "length":
-            layers = self.convolutions[0], self.convolutions[2]
-            std = balanced_std(*(layer.weight[0].numel() for layer in layers))
-            for layer in layers:
-                nn.init.normal_(layer.weight, std=std)
-                nn.init.zeros_(layer.bias)
+            kernels = [w for w in self.convolutions.parameters() if w.dim() == 4]
+            std = balanced_std(*(w[0].numel() for w in kernels))
+            for w in self.convolutions.parameters():
+                if w.dim() == 4:
+                    nn.init.normal_(w, std=std)
+                else:
+                    nn.init.zeros_(w)
 
         lengths = self.stack_lengths(squashed(HIDDEN_SUM_LENGTH), 2 * c.blocks)
         self.first = self.capsule_layer(

@@ -155,9 +155,9 @@ def explain(
     bias = None if bias is None else bias.to("meta")
     keep = (method, routing_grad) == ("rba", "final") and iterations > 1
     with recording() as forward:
-        v, *saved = triton.forward(u, W, bias, iterations, method, keep)
+        v, sums, kept = triton.forward(u, W, bias, iterations, method, keep)
     with recording() as backward:
-        triton.backward(v, u, W, *saved, method, routing_grad, bias is not None)
+        triton.backward(v, u, W, sums, kept, method, routing_grad, bias is not None)
     on_chip = any(launch.kernel is triton.on_chip_forward_kernel for launch in forward)
     form = "on chip, a sample per program" if on_chip else "streamed over the input capsules"
     return Explanation(backend, form, *(tuple(map(str, part)) for part in (forward, backward)))
