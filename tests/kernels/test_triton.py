@@ -242,7 +242,9 @@ def test_double_backward_is_a_clear_error(backend, device):
 def test_any_shape_and_values(mode, form, device, data):
     B, N, K, J = (data.draw(st.integers(1, most)) for most in (5, 6, 4, 6))
     D = data.draw(st.integers(2, 5))  # for D = 1 the derivative of a long sum cancels to nothing
-    scales = st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 30.0, 1e6])
+    scales = st.sampled_from(
+        [0.0, 1e-30, 1e-3, 1.0, 30.0]
+    )  # beyond, full gradients are all rounding
     u, W, bias, g = tensors(device, torch.float64, (B, N, K), (N, K, J, D), (J, D), (B, J, D))
     u, bias = u * data.draw(scales), bias * data.draw(scales)
     if data.draw(st.booleans()):
