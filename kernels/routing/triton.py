@@ -108,7 +108,7 @@ def plan(B: int, N: int, J: int, D: int, itemsize: int) -> Plan:
     if padded(N) * row <= ON_CHIP_VOTES * itemsize:
         return Plan(True, 1, N, num_warps=min(max(padded(N) * row // 2048, 1), 16))
     block_b = max(1, min(16, 4096 // row, padded(B)))
-    slices = max(1, min(N, STREAM_PROGRAMS // triton.cdiv(B, block_b)))
+    slices = max(1, min(N, STREAM_PROGRAMS // triton.cdiv(max(B, 1), block_b)))
     num_warps = 1 if row <= 4096 else min(row // 2048, 16)
     return Plan(False, block_b, triton.cdiv(N, slices), num_warps)
 
