@@ -234,6 +234,7 @@ def test_double_backward_is_a_clear_error(backend, device):
 @given(data=st.data())
 @settings(
     max_examples=8,
+    derandomize=True,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
