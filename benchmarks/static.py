@@ -136,6 +136,7 @@ def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
         registers=registers,
         spills=sum(name.startswith("STL") for name in instructions),
         shared=shared,
+        shared_limit=ARCHITECTURES[architecture].program_shared,
         resident=resident(architecture, registers, warps, shared),
         wide_loads=sum(name.startswith("LDG") and ".128" in name for name in instructions),
         instructions=len(instructions),
