@@ -172,6 +172,8 @@ def trips(launch: Launch) -> int:
         return named["per_slice"]
     if "slices" in named:
         return math.ceil(named["slices"] / named["BLOCK_S"])
+    if launch.kernel is routing.kept_backward_kernel:
+        return named["J"]
     if launch.kernel is routing.weight_gradient_kernel:
         return math.ceil(named["B"] / named["BLOCK_B"])
     return named["R"] - 1 if named.get("FULL") else 1

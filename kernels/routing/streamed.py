@@ -34,7 +34,7 @@ def streamed_sum_kernel(
 ):
     """s of one iteration, or d(state) if GRADIENT, over a slice each: partial [slices, B, J, D].
 
-    The couplings [B, N, J] are stored if KEEP.
+    The couplings [N, J, B] are stored if KEEP.
     """
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
     j = tl.arange(0, BLOCK_J)[None, :, None]
@@ -50,23 +50,27 @@ def streamed_sum_kernel(
     for i in range(first, tl.minimum(first + per_slice, N)):
         p_u = u_ptr + (b * N + i) * K
         p_W = W_ptr + i * K * J * D + j * D + d
-        u_hat = tile.votes(p_u, b < B, p_W, (j < J) & (d < D), K, J, D, ACC)  # [B, J, D]
-        if SDA:
-            u_hat, _, _ = tile.shorten(u_hat, p_u, b < B, K, ACC)
-        if UNIFORM:
-            acc += u_hat
+        m_W = (j < J) & (d < D)
+        if UNIFORM and not SDA:
+            acc = tile.add_votes(acc, p_u, b < B, p_W, m_W, K, J, D, ACC)
         else:
-            c = tile.couplings(u_hat, V, j < J, J, SCALE, SDA)
-            if GRADIENT:
-                p = tile.logit_gradient(u_hat, c, ds, V, J, SCALE, SDA)
-                if SDA:
-                    acc -= p * (u_hat - V)
-                else:
-                    acc += p * u_hat
+            u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
+            if SDA:
+                u_hat, _, _ = tile.shorten(u_hat, p_u, b < B, K, ACC)
+            if UNIFORM:
+                acc += u_hat
             else:
-                acc += c * u_hat
-            if KEEP:
-                tl.store(c_ptr + (b * N + i) * J + j, c, (b < B) & (j < J))
+                c = tile.couplings(u_hat, V, j < J, J, SCALE, SDA)
+                if GRADIENT:
+                    p = tile.logit_gradient(u_hat, c, ds, V, J, SCALE, SDA)
+                    if SDA:
+                        acc -= p * (u_hat - V)
+                    else:
+                        acc += p * u_hat
+                else:
+                    acc += c * u_hat
+                if KEEP:
+                    tl.store(c_ptr + (i * J + j) * B + b, c, (b < B) & (j < J))
     if UNIFORM:
         acc = acc / J
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * B * J * D + o_v, acc, m_v)
@@ -135,6 +139,7 @@ def output_gradient_kernel(
     LAST: tl.constexpr,
     UNIFORM: tl.constexpr,
     ADD: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -142,7 +147,8 @@ def output_gradient_kernel(
 ):
     """ds and the state of iteration r, from dv if it is the LAST, else from the sums of d(state).
 
-    What iteration r + 1 gave is added to what those after it gave, in dV, if ADD.
+    What iteration r + 1 gave is added to what those after it gave, in dV, if ADD. If KEPT, V takes
+    not the state but ds once more, as [J, B, D].
     """
     b = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK_J)[None, :, None]
@@ -158,8 +164,11 @@ def output_gradient_kernel(
         if ADD:
             dv += tl.load(dV_ptr + o, m, 0)
         tl.store(dV_ptr + o, dv, m)
-    tl.store(ds_ptr + o, device.squash_gradient(s, dv, 2), m)
-    if not UNIFORM:
+    ds = device.squash_gradient(s, dv, 2)
+    tl.store(ds_ptr + o, ds, m)
+    if KEPT:
+        tl.store(V_ptr + (j * B + b) * D + d, ds, m)
+    elif not UNIFORM:
         tl.store(V_ptr + o, tile.state(s_ptr, o, m, stride, r, s, SDA), m)
 
 
@@ -183,16 +192,12 @@ def streamed_backward_kernel(
     SCALE: tl.constexpr,
     SDA: tl.constexpr,
     FULL: tl.constexpr,
-    KEPT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """du, and the terms a [TERMS (+ 1), B, end - begin, J] of d(u_hat), for i from begin to end.
-
-    If KEPT, the one term of rba "final" stands in a already: the couplings that forward kept.
-    """
+    """du, and the terms a [TERMS (+ 1), B, end - begin, J] of d(u_hat), for i from begin to end."""
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
     j = tl.arange(0, BLOCK_J)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
@@ -207,38 +212,70 @@ def streamed_backward_kernel(
         p_W, m_W = W_ptr + i * K * J * D + j * D + d, (j < J) & (d < D)
         p_a = a_ptr + (b * (end - begin) + i - begin) * J + j
         radial = 0.0
-        if KEPT:
-            g = tl.load(p_a, m_a, 0) * tl.load(p_x, m_v, 0)
-        else:
-            u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
-            f = tl.full([BLOCK_B, BLOCK_J, 1], 1, ACC)
-            if SDA:
-                u_hat, f, length = tile.shorten(u_hat, p_u, b < B, K, ACC)
-            g = tl.zeros_like(u_hat)  # d(u_hat)
-            of_vote = tl.zeros_like(f)
-            for n in tl.static_range(1, R):  # iterations r = R - 1, ..., 1 counted from 0
-                if FULL or n == 1:
-                    ds = tl.load(p_x + (R - n if FULL else 0) * stride_x, m_v, 0)
-                    V = tl.load(p_x + (2 * R - n - 1 if FULL else 1) * stride_x, m_v, 0)
-                    c = tile.couplings(u_hat, V, j < J, J, SCALE, SDA)
-                    g += c * ds
-                    tl.store(p_a + (R - n if FULL else 0) * stride_a, f * c, m_a)
-                    if FULL:
-                        p = tile.logit_gradient(u_hat, c, ds, V, J, SCALE, SDA)
-                        if SDA:
-                            g += p * (u_hat - V)
-                            of_vote += p
-                            p = -p
-                        else:
-                            g += p * V
-                        tl.store(p_a + (2 * R - n - 1) * stride_a, f * p, m_a)
-            if FULL or R == 1:
-                g += tl.load(p_x, m_v, 0) / J
-                tl.store(p_a, f / J, m_a)
-            if SDA:
-                g, along = tile.unshorten(g, u_hat, f, length)
-                tl.store(p_a + TERMS * stride_a, f * f * (of_vote - along), m_a)
-                radial = tl.sum(along, 1, keep_dims=True)
+        u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
+        f = tl.full([BLOCK_B, BLOCK_J, 1], 1, ACC)
+        if SDA:
+            u_hat, f, length = tile.shorten(u_hat, p_u, b < B, K, ACC)
+        g = tl.zeros_like(u_hat)  # d(u_hat)
+        of_vote = tl.zeros_like(f)
+        for n in tl.static_range(1, R):  # iterations r = R - 1, ..., 1 counted from 0
+            if FULL or n == 1:
+                ds = tl.load(p_x + (R - n if FULL else 0) * stride_x, m_v, 0)
+                V = tl.load(p_x + (2 * R - n - 1 if FULL else 1) * stride_x, m_v, 0)
+                c = tile.couplings(u_hat, V, j < J, J, SCALE, SDA)
+                g += c * ds
+                tl.store(p_a + (R - n if FULL else 0) * stride_a, f * c, m_a)
+                if FULL:
+                    p = tile.logit_gradient(u_hat, c, ds, V, J, SCALE, SDA)
+                    if SDA:
+                        g += p * (u_hat - V)
+                        of_vote += p
+                        p = -p
+                    else:
+                        g += p * V
+                    tl.store(p_a + (2 * R - n - 1) * stride_a, f * p, m_a)
+        if FULL or R == 1:
+            g += tl.load(p_x, m_v, 0) / J
+            tl.store(p_a, f / J, m_a)
+        if SDA:
+            g, along = tile.unshorten(g, u_hat, f, length)
+            tl.store(p_a + TERMS * stride_a, f * f * (of_vote - along), m_a)
+            radial = tl.sum(along, 1, keep_dims=True)
         tile.input_gradient(
             du_ptr + (b * N + i) * K, p_u, b < B, p_W, m_W, g, radial, K, J, D, SDA, ACC
         )
+
+
+@triton.jit(do_not_specialize=["B", "N"])
+def kept_backward_kernel(
+    W_ptr,
+    c_ptr,
+    ds_ptr,
+    du_ptr,
+    B,
+    N,
+    KS: tl.constexpr,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """du of one input capsule (8, 14), rba "final", from the couplings c [N, J, B] of forward.
+
+    ds is [J, B, D]. KS are the numbers k from 0 to K - 1: each component of du has a sum [B, D] of
+    its own, so that output capsules add up in place and only the last sum, over d, crosses lanes.
+    """
+    tiles = tl.cdiv(B, BLOCK_B)
+    i = (tl.program_id(0) // tiles).to(tl.int64)
+    b = (tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    K: tl.constexpr = len(KS)
+    du = [tl.zeros([BLOCK_B, BLOCK_D], ACC) for k in KS]
+    for j in range(J):
+        c = tl.load(c_ptr + (i * J + j) * B + b, b < B, 0)
+        g = c * tl.load(ds_ptr + (j * B + b) * D + d, (b < B) & (d < D), 0)  # d(u_hat)
+        p_W = W_ptr + (i * K * J + j) * D + d
+        du = [du[k] + g * tl.load(p_W + k * J * D, d < D, 0).to(ACC) for k in KS]
+    for k in tl.static_range(K):
+        tl.store(du_ptr + (b * N + i) * K + k, tl.sum(du[k], 1, keep_dims=True), b < B)

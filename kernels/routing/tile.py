@@ -11,12 +11,20 @@ from .. import device
 
 
 @triton.jit
+def add_votes(
+    x, p_u, m_u, p_W, m_W, K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr
+):
+    """x + u_hat as K rank-one updates (1); p_u and p_W point at component k = 0."""
+    for k in tl.static_range(K):
+        x += tl.load(p_u + k, m_u, 0).to(ACC) * tl.load(p_W + k * J * D, m_W, 0).to(ACC)
+    return x
+
+
+@triton.jit
 def votes(p_u, m_u, p_W, m_W, K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
-    """u_hat [X, J, D] as K rank-one updates (equation 1); p_u and p_W point at component k = 0."""
-    u_hat = tl.load(p_u, m_u, 0).to(ACC) * tl.load(p_W, m_W, 0).to(ACC)
-    for k in tl.static_range(1, K):
-        u_hat += tl.load(p_u + k, m_u, 0).to(ACC) * tl.load(p_W + k * J * D, m_W, 0).to(ACC)
-    return u_hat
+    """u_hat [X, J, D] (equation 1)."""
+    zero = tl.zeros([p_u.shape[0], p_W.shape[1], p_W.shape[2]], ACC)
+    return add_votes(zero, p_u, m_u, p_W, m_W, K, J, D, ACC)
 
 
 @triton.jit

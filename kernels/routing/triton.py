@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import accumulation_dtype, accumulation_type, dot_precision, launch, padded
-from . import tile
-from .chunked import KEPT_BYTES
+from . import chunked, tile
 from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
 from .reference import distance_scale
 from .streamed import (
+    kept_backward_kernel,
     output_gradient_kernel,
     output_kernel,
     streamed_backward_kernel,
@@ -41,6 +41,7 @@ def weight_gradient_kernel(
     D: tl.constexpr,
     TERMS: tl.constexpr,
     SDA: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -58,8 +59,9 @@ def weight_gradient_kernel(
     for start in range(0, B, BLOCK_B):
         row = start + tl.arange(0, BLOCK_B).to(tl.int64)
         b = row[:, None, None]
-        p_a, m_a = a_ptr + (b * (end - begin) + i - begin) * J + j, (b < B) & (j < J)
-        p_x, m_x = x_ptr + (b * J + j) * D + d, (b < B) & (j < J) & (d < D)
+        p_a = a_ptr + (i * J + j) * B + b if KEPT else a_ptr + (b * (end - begin) + i - begin) * J + j
+        p_x = x_ptr + (b * J + j) * D + d
+        m_a, m_x = (b < B) & (j < J), (b < B) & (j < J) & (d < D)
         g = tl.load(p_a, m_a, 0) * tl.load(p_x, m_x, 0)
         for t in tl.static_range(1, TERMS):
             g += tl.load(p_a + t * stride_a, m_a, 0) * tl.load(p_x + t * stride_x, m_x, 0)
@@ -123,11 +125,10 @@ def weight_gradient_tile(B: int, N: int, J: int, D: int) -> tuple[int, int]:
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
-    """Shape of the couplings [B, N, J] that the streamed forward keeps; (0,) if it keeps none."""
+    """Shape of the couplings [N, J, B] that the streamed forward keeps; (0,) if it keeps none."""
     (B, N, _), (J, D) = u.shape, W.shape[2:]
-    itemsize = accumulation_dtype(u, W).itemsize
-    on_chip = plan(B, N, J, D, itemsize).on_chip
-    return (B, N, J) if keep and not on_chip and B * N * J * itemsize <= KEPT_BYTES else (0,)
+    on_chip = plan(B, N, J, D, accumulation_dtype(u, W).itemsize).on_chip
+    return chunked.kept_shape(u, W, keep and not on_chip)
 
 
 def forward(
@@ -213,13 +214,14 @@ def backward(
     x = s.new_empty(max(terms, 2), B, J, D)  # ds of each iteration (or the last), then the states
     sizes = dict(J=J, D=D, BLOCK_D=padded(D), ACC=accumulation_type(u, W))
     routing = dict(K=K, R=R, TERMS=terms, SCALE=distance_scale(J), SDA=sda, FULL=full)
+    is_kept = kept.dim() == 3
     if not p.on_chip:
-        output_gradients(dv, u, W, s, x, p, sda, full)
-    if p.on_chip or kept.dim() == 3:
+        output_gradients(dv, u, W, s, x, p, sda, full, is_kept)
+    if p.on_chip or is_kept:
         step = N
     else:
         step = max(1, min(N, TERMS_BYTES // ((terms + sda) * B * J * s.itemsize)))
-    a = kept if kept.dim() == 3 else s.new_empty((terms + sda) * B * step * J)
+    a = kept if is_kept else s.new_empty((terms + sda) * B * step * J)
     for begin in range(0, N, step):
         end = min(begin + step, N)
         if p.on_chip:
@@ -233,6 +235,18 @@ def backward(
                 **routing,
                 **sizes,
             )
+        elif is_kept:
+            # a warp's sums for every k take 64 registers of each thread
+            block_b = max(1, min(8192 // (K * padded(D) * s.itemsize), padded(B)))
+            launch(
+                kept_backward_kernel,
+                (triton.cdiv(B, block_b) * N,),
+                *(W, a, x[1], du, B, N),
+                KS=tuple(range(K)),
+                BLOCK_B=block_b,
+                num_warps=1,
+                **sizes,
+            )
         else:
             # all of sda's gradient at once needs more registers than a whole tile leaves
             block_b = max(1, p.block_b // 2) if sda and full else p.block_b
@@ -240,7 +254,6 @@ def backward(
                 streamed_backward_kernel,
                 (triton.cdiv(B, block_b), triton.cdiv(end - begin, p.per_slice)),
                 *(u, W, x, du, a, B, N, begin, end, p.per_slice),
-                KEPT=kept.dim() == 3,
                 BLOCK_B=block_b,
                 BLOCK_J=padded(J),
                 num_warps=p.num_warps,
@@ -254,6 +267,7 @@ def backward(
             *(u, W, a, x, dW, B, N, begin, end),
             K=K,
             TERMS=terms,
+            KEPT=is_kept,
             SDA=sda,
             BLOCK_B=block_b,
             BLOCK_K=padded(K),
@@ -267,10 +281,19 @@ def backward(
 
 
 def output_gradients(
-    dv: Tensor, u: Tensor, W: Tensor, s: Tensor, x: Tensor, p: Plan, sda: bool, full: bool
+    dv: Tensor,
+    u: Tensor,
+    W: Tensor,
+    s: Tensor,
+    x: Tensor,
+    p: Plan,
+    sda: bool,
+    full: bool,
+    is_kept: bool,
 ) -> None:
     """Fills x of the streamed form: ds and states, of all iterations if `full`, else of the last.
 
+    If couplings are kept, it is the last ds as [B, J, D] and once more as [J, B, D].
     Iterations are walked backwards; each but the first needs a pass over the votes for d(state).
     """
     B, N, K = u.shape
@@ -290,6 +313,7 @@ def output_gradients(
             LAST=r == R - 1,
             UNIFORM=r == 0,
             ADD=r < R - 2 and not sda,
+            KEPT=is_kept,
             BLOCK_S=max(1, 4096 // (padded(J) * padded(D))),
             num_warps=4,
             **sizes,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mocapsnet.kernels import explain, launch, primary_capsules, routing, squash, votes
 from mocapsnet.kernels.primary.op import primary_backward, primary_forward
+from mocapsnet.kernels.routing import chunked
 from mocapsnet.kernels.routing import op as routing_op
 from mocapsnet.kernels.routing import triton as routing_kernels
 from mocapsnet.kernels.routing.op import routing_backward, routing_forward
@@ -38,17 +39,16 @@ def poison():
 @pytest.fixture(params=["on chip", "streamed", "streamed in parts"])
 def form(request, monkeypatch):
     """Forces one form of routing, and breaks the other's kernels so that they cannot run unseen."""
+    broken = ["on_chip_forward_kernel", "on_chip_backward_kernel"]
     if request.param == "on chip":
-        other = "streamed"
+        broken = ["streamed_sum_kernel", "streamed_backward_kernel", "kept_backward_kernel"]
     else:
-        other = "on_chip"
         monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
         monkeypatch.setattr(routing_kernels, "STREAM_PROGRAMS", 3)  # several input capsules each
     if request.param == "streamed in parts":
+        broken.append("kept_backward_kernel")
         monkeypatch.setattr(routing_kernels, "TERMS_BYTES", 300)
-        monkeypatch.setattr(routing_kernels, "KEPT_BYTES", 0)
-    broken = [name for name in vars(routing_kernels) if name.startswith(other)]
-    assert len(broken) == 2
+        monkeypatch.setattr(chunked, "KEPT_BYTES", 0)
     for name in broken:
         monkeypatch.setattr(routing_kernels, name, None)
     return request.param
