@@ -94,18 +94,6 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def refuse_double_backward(operation: Any) -> None:
-    """Makes differentiating a custom operation, itself a backward pass, a clear error."""
-
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{operation._qualname} has no derivative of its own, so there is no double backward "
-            'through the fused operations: use backend="reference"'
-        )
-
-    operation.register_autograd(backward)
-
-
 def padded(size: int) -> int:
     """The next power of two, which is what a tile's side must be."""
     return 1 << max(size - 1, 0).bit_length()

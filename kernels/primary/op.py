@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import device_of, implementation, refuse_double_backward
+from ..launch import device_of, implementation
+from ..library import Operation
 from . import reference
 
 
@@ -40,30 +41,26 @@ def primary_capsules(features: Tensor, dim: int, *, backend: str | None = None) 
     return primary_forward(features, dim)
 
 
-@torch.library.custom_op("mocapsnet::primary_capsules", mutates_args=())
-def primary_forward(features: Tensor, dim: int) -> Tensor:
+def _forward(features: Tensor, dim: int) -> Tensor:
     from . import triton
 
     with device_of(features):
         return triton.forward(features, dim)
 
 
-@primary_forward.register_fake
-def _(features: Tensor, dim: int) -> Tensor:
+def _forward_fake(features: Tensor, dim: int) -> Tensor:
     B, C, H, Wd = features.shape
     return features.new_empty(B, C // dim * H * Wd, dim)
 
 
-@torch.library.custom_op("mocapsnet::primary_capsules_backward", mutates_args=())
-def primary_backward(features: Tensor, dv: Tensor, dim: int) -> Tensor:
+def _backward(features: Tensor, dv: Tensor, dim: int) -> Tensor:
     from . import triton
 
     with device_of(features):
         return triton.backward(features, dv, dim)
 
 
-@primary_backward.register_fake
-def _(features: Tensor, dv: Tensor, dim: int) -> Tensor:
+def _backward_fake(features: Tensor, dv: Tensor, dim: int) -> Tensor:
     return torch.empty_like(features)
 
 
@@ -72,9 +69,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(features)
 
 
-def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor, None]:
+def _gradients(ctx: Any, dv: Tensor) -> tuple[Tensor, None]:
     return primary_backward(*ctx.saved_tensors, dv, ctx.dim), None
 
 
-primary_forward.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(primary_backward)
+primary_forward = Operation("primary_capsules", _forward, _forward_fake)
+primary_backward = Operation("primary_capsules_backward", _backward, _backward_fake)
+primary_forward.differentiate(_gradients, _setup_context)
+primary_backward.refuse_derivative()

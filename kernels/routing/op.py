@@ -13,9 +13,9 @@ from ..launch import (
     device_of,
     implementation,
     recording,
-    refuse_double_backward,
     triton_installed,
 )
+from ..library import Operation
 from . import chunked, reference
 
 
@@ -185,8 +185,7 @@ def _reference(
         )
 
 
-@torch.library.custom_op("mocapsnet::routing_forward", mutates_args=())
-def routing_forward(
+def _forward(
     u: Tensor,
     W: Tensor,
     bias: Tensor | None,
@@ -206,8 +205,7 @@ def routing_forward(
         return chunked.forward(u, W, bias, iterations, method, keep)
 
 
-@routing_forward.register_fake
-def _(
+def _forward_fake(
     u: Tensor,
     W: Tensor,
     bias: Tensor | None,
@@ -232,8 +230,7 @@ def _(
     )
 
 
-@torch.library.custom_op("mocapsnet::routing_backward", mutates_args=())
-def routing_backward(
+def _backward(
     grad_v: Tensor,
     u: Tensor,
     W: Tensor,
@@ -254,8 +251,7 @@ def routing_backward(
         return chunked.backward(grad_v, u, W, sums, kept, method, routing_grad, with_bias)
 
 
-@routing_backward.register_fake
-def _(
+def _backward_fake(
     grad_v: Tensor,
     u: Tensor,
     W: Tensor,
@@ -279,7 +275,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(u, W, sums, kept)
 
 
-def _backward(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_v is None:
         return (None,) * 8
     with_bias = ctx.bias_dtype is not None
@@ -289,5 +285,7 @@ def _backward(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None,
     return du, dW, dbias.to(ctx.bias_dtype) if with_bias else None, None, None, None, None, None
 
 
-routing_forward.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(routing_backward)
+routing_forward = Operation("routing_forward", _forward, _forward_fake)
+routing_backward = Operation("routing_backward", _backward, _backward_fake)
+routing_forward.differentiate(_gradients, _setup_context)
+routing_backward.refuse_derivative()

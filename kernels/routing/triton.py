@@ -89,6 +89,11 @@ TERMS_BYTES = 64 << 20
 """Numbers a that streamed backward holds at a time."""
 
 
+SDA_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+"""Launch option of streamed sda on NVIDIA GPUs; unasked, ptxas fits in one more program and spills
+one to four registers for it."""
+
+
 class Plan(NamedTuple):
     """How a problem is cut into programs; a pure function of its shapes and dtype."""
 
@@ -177,6 +182,7 @@ def forward(
             num_warps=p.num_warps,
             **routing,
             **sizes,
+            **(SDA_REGISTERS if sda else {}),
         )
         launch(
             output_kernel,
@@ -259,6 +265,7 @@ def backward(
                 num_warps=p.num_warps,
                 **routing,
                 **sizes,
+                **(SDA_REGISTERS if sda else {}),
             )
         block_j, block_b = weight_gradient_tile(B, end - begin, J, D)
         launch(
@@ -332,4 +339,5 @@ def output_gradients(
             BLOCK_B=p.block_b,
             num_warps=p.num_warps,
             **sizes,
+            **(SDA_REGISTERS if sda else {}),
         )

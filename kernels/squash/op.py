@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import device_of, implementation, refuse_double_backward
+from ..launch import device_of, implementation
+from ..library import Operation
 from . import reference
 
 
@@ -33,39 +34,29 @@ def squash(s: Tensor, *, backend: str | None = None) -> Tensor:
     return squash_forward(s)
 
 
-@torch.library.custom_op("mocapsnet::squash", mutates_args=())
-def squash_forward(s: Tensor) -> Tensor:
+def _forward(s: Tensor) -> Tensor:
     from . import triton
 
     with device_of(s):
         return triton.forward(s)
 
 
-@squash_forward.register_fake
-def _(s: Tensor) -> Tensor:
-    return s.new_empty(s.shape)
-
-
-@torch.library.custom_op("mocapsnet::squash_backward", mutates_args=())
-def squash_backward(s: Tensor, dv: Tensor) -> Tensor:
+def _backward(s: Tensor, dv: Tensor) -> Tensor:
     from . import triton
 
     with device_of(s):
         return triton.backward(s, dv)
 
 
-@squash_backward.register_fake
-def _(s: Tensor, dv: Tensor) -> Tensor:
-    return s.new_empty(s.shape)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, dv: Tensor) -> Tensor:
+def _gradients(ctx: Any, dv: Tensor) -> Tensor:
     return squash_backward(*ctx.saved_tensors, dv)
 
 
-squash_forward.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(squash_backward)
+squash_forward = Operation("squash", _forward, fake=lambda s: s.new_empty(s.shape))
+squash_backward = Operation("squash_backward", _backward, fake=lambda s, dv: s.new_empty(s.shape))
+squash_forward.differentiate(_gradients, _setup_context)
+squash_backward.refuse_derivative()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import device_of, implementation, refuse_double_backward
+from ..launch import device_of, implementation
+from ..library import Operation
 from . import reference
 
 
@@ -34,30 +35,26 @@ def votes(u: Tensor, W: Tensor, *, backend: str | None = None) -> Tensor:
     return votes_forward(u, W)
 
 
-@torch.library.custom_op("mocapsnet::votes", mutates_args=())
-def votes_forward(u: Tensor, W: Tensor) -> Tensor:
+def _forward(u: Tensor, W: Tensor) -> Tensor:
     from . import triton
 
     with device_of(u):
         return triton.forward(u, W)
 
 
-@votes_forward.register_fake
-def _(u: Tensor, W: Tensor) -> Tensor:
+def _forward_fake(u: Tensor, W: Tensor) -> Tensor:
     B, (N, _, J, D) = u.shape[0], W.shape
     return u.new_empty(B, N, J, D, dtype=torch.promote_types(u.dtype, W.dtype))
 
 
-@torch.library.custom_op("mocapsnet::votes_backward", mutates_args=())
-def votes_backward(grad: Tensor, u: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, u: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     from . import triton
 
     with device_of(grad):
         return triton.backward(grad, u, W)
 
 
-@votes_backward.register_fake
-def _(grad: Tensor, u: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad: Tensor, u: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), W.new_empty(W.shape)
 
 
@@ -65,9 +62,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return votes_backward(grad, *ctx.saved_tensors)
 
 
-votes_forward.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(votes_backward)
+votes_forward = Operation("votes", _forward, _forward_fake)
+votes_backward = Operation("votes_backward", _backward, _backward_fake)
+votes_forward.differentiate(_gradients, _setup_context)
+votes_backward.refuse_derivative()

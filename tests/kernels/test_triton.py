@@ -279,20 +279,20 @@ def test_opcheck(device):
         x.requires_grad_()
         for x in tensors(device, torch.float32, (2, 3), (1, 4, 2, 2), (2, 2, 3), (2, 3, 2, 2))
     )
-    torch.library.opcheck(squash_forward, (s,))
-    torch.library.opcheck(squash_backward, (s.detach(), s.detach()))
-    torch.library.opcheck(primary_forward, (features, 2))
-    torch.library.opcheck(primary_backward, (features.detach(), features.detach().view(1, 8, 2), 2))
-    torch.library.opcheck(votes_forward, (u, W))
+    torch.library.opcheck(squash_forward.registered, (s,))
+    torch.library.opcheck(squash_backward.registered, (s.detach(), s.detach()))
+    torch.library.opcheck(primary_forward.registered, (features, 2))
+    torch.library.opcheck(primary_backward.registered, (features.detach(), features.detach().view(1, 8, 2), 2))
+    torch.library.opcheck(votes_forward.registered, (u, W))
     u_hat = votes(u, W).detach()
-    torch.library.opcheck(votes_backward, (u_hat, u.detach(), W.detach()))
+    torch.library.opcheck(votes_backward.registered, (u_hat, u.detach(), W.detach()))
     for method, routing_grad in MODES:
         options = (method, routing_grad)
         arguments = (u, W, None, 3, *options, options == MODES[0], "triton")
-        torch.library.opcheck(routing_forward, arguments)
+        torch.library.opcheck(routing_forward.registered, arguments)
         v, sums, kept = (x.detach() for x in routing_forward(*arguments))
         arguments = (v, u.detach(), W.detach(), sums, kept, *options, False, "triton")
-        torch.library.opcheck(routing_backward, arguments)
+        torch.library.opcheck(routing_backward.registered, arguments)
 
 
 def test_mixed_dtypes(form, device):

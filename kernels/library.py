@@ -1,0 +1,74 @@
+"""Operations that torch.library knows, and that plain eager calls reach without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def observed() -> bool:
+    """Whether something looks on that must see operations: a compiler, a mode, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+class Operation:
+    """A function of tensors that is one operation to torch.compile, torch.export and dispatch modes.
+
+    Passing torch.library takes longer than a launch does, so where nobody looks on the function is
+    called directly, with the same derivative.
+
+    Args:
+        name: the operation becomes torch.ops.mocapsnet.<name>.
+        function: with annotated arguments; returns new tensors and changes none.
+        fake: the same for tensors without data.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], fake: Callable[..., Any]):
+        self.name = name
+        self.registered = torch.library.custom_op(
+            f"mocapsnet::{name}", function, mutates_args=()
+        )
+        self.registered.register_fake(fake)
+        self.direct = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.registered(*args) if observed() else self.direct(*args)
+
+    def differentiate(
+        self, backward: Callable[..., Any], setup_context: Callable[..., Any]
+    ) -> None:
+        """Gives it a derivative, in the form of torch.autograd.Function."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        function = self.direct
+
+        class Direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = function(*args)
+                setup_context(ctx, args, output)
+                return output
+
+        Direct.backward = staticmethod(backward)
+        self.direct = Direct.apply
+
+    def refuse_derivative(self) -> None:
+        """Makes differentiating this operation, itself a backward pass, a clear error."""
+        function = self.direct
+
+        def backward(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(
+                f"mocapsnet::{self.name} has no derivative of its own, so there is no double "
+                'backward through the fused operations: use backend="reference"'
+            )
+
+        def direct(*args: Any) -> Any:  # create_graph=True calls backward with gradients enabled
+            return self.registered(*args) if torch.is_grad_enabled() else function(*args)
+
+        self.registered.register_autograd(backward)
+        self.direct = direct
