@@ -16,19 +16,12 @@ import argparse
 import json
 import math
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from mocapsnet.kernels.launch import Launch, recording
 from mocapsnet.kernels.primary import triton as primary
@@ -36,32 +29,13 @@ from mocapsnet.kernels.routing import triton as routing
 from mocapsnet.kernels.squash import triton as squash
 from mocapsnet.kernels.votes import triton as votes
 
+from .compiled import ARCHITECTURES, Compiled, compile_for, compiled, kinds
+
 SHAPES = {  # B, N, K, J, D
     "layer 1": (128, 1152, 8, 32, 8),
     "block layer": (128, 32, 8, 32, 8),
     "layer 2, 10 classes": (128, 32, 8, 10, 16),
     "layer 2, 100 classes": (128, 32, 8, 100, 16),
-}
-
-
-class Multiprocessor(NamedTuple):
-    """Limits of a multiprocessor, from the CUDA programming guide, section compute capabilities."""
-
-    threads: int
-    blocks: int
-    shared: int
-    """Bytes of shared memory, of which each block takes 1,024 for the system."""
-    program_shared: int
-    """Bytes of shared memory that one program may use."""
-
-
-ARCHITECTURES = {
-    80: Multiprocessor(2048, 32, 167_936, 166_912),
-    86: Multiprocessor(1536, 16, 102_400, 101_376),
-    89: Multiprocessor(1536, 24, 102_400, 101_376),
-    90: Multiprocessor(2048, 32, 233_472, 232_448),
-    100: Multiprocessor(2048, 32, 233_472, 232_448),
-    120: Multiprocessor(1536, 24, 102_400, 101_376),
 }
 
 
@@ -79,85 +53,36 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    80: Gpu("A100 SXM 40 GB", 108, 1.41e9, 64, 1.555e12),
-    90: Gpu("H100 SXM 80 GB", 132, 1.98e9, 128, 3.35e12),
-}
-
-REGISTERS = 65_536
-"""Registers of a multiprocessor, on all of them."""
-
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-
-KINDS = {  # by the first letters of an instruction's name, in this order
-    "fma": ("FFMA", "DFMA", "HFMA2"),
-    "float": ("FADD", "FMUL", "FSEL", "FMNMX", "FSETP", "FCHK", "DADD", "DMUL", "DSETP", "HADD2"),
-    "matrix": ("HMMA", "DMMA", "HGMMA", "QGMMA", "UTCHMMA"),
-    "special": ("MUFU",),
-    "convert": ("F2F", "I2F", "F2I", "F2FP", "PRMT"),
-    "shuffle": ("SHFL",),
-    "global": ("LDG", "STG", "LDGSTS", "LD.", "ST."),
-    "shared": ("LDS", "STS", "LDSM", "STSM"),
-    "local": ("LDL", "STL"),
-    "barrier": ("BAR", "LDGDEPBAR", "DEPBAR", "WARPSYNC", "SYNCS"),
+    "80": Gpu("A100 SXM 40 GB", 108, 1.41e9, 64, 1.555e12),
+    "90": Gpu("H100 SXM 80 GB", 132, 1.98e9, 128, 3.35e12),
 }
 
 
-class Driver:
-    """As much of a driver as compilation asks for."""
-
-    def __init__(self, architecture: int):
-        self.architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self.architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
-    """One launch's kernel: registers, spills, shared memory, occupancy and instructions."""
-    binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(binary.asm["cubin"])
-        cubin.flush()
-        usage = inspect(TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name)
-        code = inspect(TOOLS / "nvdisasm", "-c", cubin.name)
-    registers, shared = int(re.findall(r"REG:(\d+)", usage)[0]), binary.metadata.shared
-    warps = launch.options["num_warps"]
-    instructions, loop = parse(code)
-    return dict(
+def report(launch: Launch, architecture: str) -> dict[str, Any]:
+    """One launch's row of the table."""
+    made = compiled(launch, architecture)
+    return made._asdict() | dict(
         kernel=launch.kernel.__name__,
         grid=launch.grid,
-        warps=warps,
-        registers=registers,
-        spills=sum(name.startswith("STL") for name in instructions),
-        shared=shared,
-        shared_limit=ARCHITECTURES[architecture].program_shared,
-        resident=resident(architecture, registers, warps, shared),
-        wide_loads=sum(name.startswith("LDG") and ".128" in name for name in instructions),
-        instructions=len(instructions),
-        loop=len(loop),
-        loop_kinds=dict(kinds(loop or instructions)),
-        predicted=predicted(launch, architecture, instructions, loop),
+        warps=launch.options["num_warps"],
+        wide_loads=made.wide_loads,
+        instructions=len(made.instructions),
+        loop=len(made.loop),
+        loop_kinds=dict(kinds(made.loop or made.instructions)),
+        predicted=predicted(launch, architecture, made),
     )
 
 
-def predicted(
-    launch: Launch, architecture: int, instructions: list[str], loop: list[str]
-) -> float | None:
+def predicted(launch: Launch, architecture: str, made: Compiled) -> float | None:
     """Seconds of one launch: issue of all instructions, arithmetic, or device memory."""
     gpu = GPUS.get(architecture)
     if gpu is None:
         return None
     per_multiprocessor = math.ceil(math.prod(launch.grid) / gpu.multiprocessors)
     warps = launch.options["num_warps"] * per_multiprocessor
-    issued = len(instructions) + (trips(launch) - 1) * len(loop)
-    arithmetic = Counter(kinds(instructions))
-    for kind, count in kinds(loop).items():
+    issued = len(made.instructions) + (trips(launch) - 1) * len(made.loop)
+    arithmetic = kinds(made.instructions)
+    for kind, count in kinds(made.loop).items():
         arithmetic[kind] += (trips(launch) - 1) * count
     cycles = warps * max(issued / 4, (arithmetic["fma"] + arithmetic["float"]) * 32 / gpu.lanes)
     tensors = {id(x): x for x in launch.args if isinstance(x, torch.Tensor)}.values()
@@ -187,53 +112,6 @@ def floor(sizes: tuple[int, ...], iterations: int, itemsize: int, gpu: Gpu) -> f
     arithmetic = B * N * J * D * (forward + backward) / gpu.multiprocessors / gpu.lanes / gpu.clock
     values = 2 * (B * N * K + N * K * J * D + B * J * D)
     return max(arithmetic, values * itemsize / gpu.bandwidth)
-
-
-def inspect(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def resident(architecture: int, registers: int, warps: int, shared: int) -> int:
-    """Blocks of a kernel that a multiprocessor holds at a time."""
-    limits = ARCHITECTURES[architecture]
-    per_warp = math.ceil(registers / 8) * 8 * 32
-    return min(
-        REGISTERS // (per_warp * warps),
-        limits.threads // (32 * warps),
-        limits.blocks,
-        limits.shared // (shared + 1024),
-    )
-
-
-def parse(code: str) -> tuple[list[str], list[str]]:
-    """Names of all instructions of a disassembly, and of those of its longest innermost loop."""
-    names: list[str] = []
-    labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(names)
-        elif instruction := re.match(
-            r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line
-        ):
-            name, rest = instruction.groups()
-            target = re.search(r"\(?(\.L_x_\d+)\)?", rest)
-            names.append(name)
-            if name.startswith("BRA") and target and target[1] in labels:
-                if len(names) - labels[target[1]] > 2:  # not the endless loop after the end
-                    loops.append((labels[target[1]], len(names)))
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    start, end = max(inner, key=lambda span: span[1] - span[0], default=(0, 0))
-    return names, names[start:end]
-
-
-def kinds(instructions: list[str]) -> Counter[str]:
-    """How many instructions are of each kind; what is not arithmetic or memory is "other"."""
-
-    def kind(name: str) -> str:
-        return next((k for k, prefixes in KINDS.items() if name.startswith(prefixes)), "other")
-
-    return Counter(map(kind, instructions))
 
 
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -272,7 +150,12 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--architecture", type=int, nargs="+", choices=list(ARCHITECTURES), default=[80, 90]
+        "--architecture",
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=["80", "90"],
+        metavar="A",
+        help="compute capabilities, as 80 90, or gfx942 (AMD); all: " + " ".join(ARCHITECTURES),
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"])
     parser.add_argument(
@@ -282,9 +165,9 @@ def main() -> None:
     parser.set_defaults(dtype="float32")
     options = parser.parse_args()
     for architecture in options.architecture:
-        driver.set_active(Driver(architecture))
+        compile_for(architecture)
         if not options.json:
-            print(f"\nsm_{architecture} {options.dtype}\n" + HEADER, flush=True)
+            print(f"\n{architecture} {options.dtype}\n" + HEADER, flush=True)
         for label, run in cases(getattr(torch, options.dtype)).items():
             if re.search(options.only, label):
                 launches = rows(label, run, architecture)
@@ -294,12 +177,12 @@ def main() -> None:
                     print(summary(label, launches, options.dtype), flush=True)
 
 
-def rows(label: str, run: Callable[[], object], architecture: int) -> list[dict[str, Any]]:
+def rows(label: str, run: Callable[[], object], architecture: str) -> list[dict[str, Any]]:
     """What one case compiles to, in the order of its launches."""
     with recording() as launches:
         run()
     return [
-        dict(architecture=architecture, case=label) | compiled(launch, architecture)
+        dict(architecture=architecture, case=label) | report(launch, architecture)
         for launch in launches
     ]
 

@@ -18,7 +18,7 @@ def observed() -> bool:
 
 
 class Operation:
-    """A function of tensors that is one operation to torch.compile, torch.export and dispatch modes.
+    """A function of tensors that torch.compile, torch.export and dispatch modes see as one.
 
     Passing torch.library takes longer than a launch does, so where nobody looks on the function is
     called directly, with the same derivative.
@@ -31,9 +31,7 @@ class Operation:
 
     def __init__(self, name: str, function: Callable[..., Any], fake: Callable[..., Any]):
         self.name = name
-        self.registered = torch.library.custom_op(
-            f"mocapsnet::{name}", function, mutates_args=()
-        )
+        self.registered = torch.library.custom_op(f"mocapsnet::{name}", function, mutates_args=())
         self.registered.register_fake(fake)
         self.direct = function
 

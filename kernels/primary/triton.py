@@ -18,35 +18,42 @@ ELEMENTS = 1024
 
 @triton.jit
 def offsets(
-    G, K, positions, stride_b, stride_c, stride_p, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+    G: tl.constexpr,
+    K: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Offsets of a tile [BLOCK, BLOCK_K] in the features and among the capsules, and its mask."""
+    """Offsets of a tile [BLOCK, BLOCK_K] in the features and among the capsules, and its mask.
+
+    LAST: the features are channels-last.
+    """
     image = tl.program_id(0).to(tl.int64) // G
     group = tl.program_id(0).to(tl.int64) % G
-    p = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
-    o_features = image * stride_b + (group * K + k) * stride_c + p * stride_p
-    o_capsules = (tl.program_id(0).to(tl.int64) * positions + p) * K + k
-    return o_features, o_capsules, (p < positions) & (k < K)
+    if LAST:
+        o_features = (image * POSITIONS + p) * G * K + group * K + k
+    else:
+        o_features = ((image * G + group) * K + k) * POSITIONS + p
+    o_capsules = (tl.program_id(0).to(tl.int64) * POSITIONS + p) * K + k
+    return o_features, o_capsules, (p < POSITIONS) & (k < K)
 
 
 @triton.jit
 def forward_kernel(
     features_ptr,
     v_ptr,
-    G,
-    K,
-    positions,
-    stride_b,
-    stride_c,
-    stride_p,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    o_features, o_capsules, m = offsets(
-        G, K, positions, stride_b, stride_c, stride_p, BLOCK, BLOCK_K
-    )
+    o_features, o_capsules, m = offsets(G, K, POSITIONS, LAST, BLOCK, BLOCK_K)
     b_s = tl.load(features_ptr + o_features, m, 0).to(ACC)
     tl.store(v_ptr + o_capsules, device.squash(b_s, 1), m)
 
@@ -56,19 +63,15 @@ def backward_kernel(
     features_ptr,
     dv_ptr,
     dfeatures_ptr,
-    G,
-    K,
-    positions,
-    stride_b,
-    stride_c,
-    stride_p,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    o_features, o_capsules, m = offsets(
-        G, K, positions, stride_b, stride_c, stride_p, BLOCK, BLOCK_K
-    )
+    o_features, o_capsules, m = offsets(G, K, POSITIONS, LAST, BLOCK, BLOCK_K)
     b_s = tl.load(features_ptr + o_features, m, 0).to(ACC)
     b_dv = tl.load(dv_ptr + o_capsules, m, 0).to(ACC)
     tl.store(dfeatures_ptr + o_features, device.squash_gradient(b_s, b_dv, 1), m)
@@ -104,17 +107,14 @@ def run(kernel: triton.JITFunction, features: Tensor, dim: int, *tensors: Tensor
     if features.numel() == 0:
         return
     block = max(1, min(ELEMENTS // padded(dim), padded(positions)))
-    channels_last = not features.is_contiguous()
     launch(
         kernel,
         (B * G, triton.cdiv(positions, block)),
         *tensors,
-        G,
-        dim,
-        positions,
-        C * positions,
-        1 if channels_last else positions,
-        C if channels_last else 1,
+        G=G,
+        K=dim,
+        POSITIONS=positions,
+        LAST=not features.is_contiguous(),
         BLOCK=block,
         BLOCK_K=padded(dim),
         ACC=accumulation_type(features),

@@ -49,7 +49,10 @@ def weight_gradient_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dW_i = sum_b u_i (x) d(vote_i) (equation 14) for one i and a tile of j."""
+    """dW_i = sum_b u_i (x) d(vote_i) (equation 14) for one i and a tile of j.
+
+    The numbers a are [TERMS (+ 1), B, end - begin, J], or if KEPT, couplings [N, J, B].
+    """
     i = begin + tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
@@ -59,7 +62,9 @@ def weight_gradient_kernel(
     for start in range(0, B, BLOCK_B):
         row = start + tl.arange(0, BLOCK_B).to(tl.int64)
         b = row[:, None, None]
-        p_a = a_ptr + (i * J + j) * B + b if KEPT else a_ptr + (b * (end - begin) + i - begin) * J + j
+        p_a = (
+            a_ptr + (i * J + j) * B + b if KEPT else a_ptr + (b * (end - begin) + i - begin) * J + j
+        )
         p_x = x_ptr + (b * J + j) * D + d
         m_a, m_x = (b < B) & (j < J), (b < B) & (j < J) & (d < D)
         g = tl.load(p_a, m_a, 0) * tl.load(p_x, m_x, 0)

@@ -14,7 +14,13 @@ ELEMENTS = 2048
 
 @triton.jit
 def forward_kernel(
-    s_ptr, v_ptr, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr
+    s_ptr,
+    v_ptr,
+    rows,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -25,7 +31,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    s_ptr, dv_ptr, ds_ptr, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr
+    s_ptr,
+    dv_ptr,
+    ds_ptr,
+    rows,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -62,7 +75,7 @@ def run(kernel: triton.JITFunction, s: Tensor, *others: Tensor) -> None:
             s,
             *others,
             rows,
-            D,
+            D=D,
             BLOCK=block,
             BLOCK_D=padded(D),
             ACC=accumulation_type(s),

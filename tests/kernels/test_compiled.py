@@ -27,13 +27,13 @@ FEW_SPILLS = ("on_chip_backward_kernel", "sda full")
 
 FINAL = "squash|primary|votes|rba final"
 PART = [
-    (80, "float32", FINAL),
-    (90, "float32", "layer 1, (sda|rba full)|block layer, (sda|rba full)"),
-    (90, "bfloat16", FINAL),
+    ("80", "float32", FINAL),
+    ("90", "float32", "layer 1, (sda|rba full)|block layer, (sda|rba full)"),
+    ("90", "bfloat16", FINAL),
 ]
 WHOLE = [
     (architecture, dtype, "")
-    for architecture in (80, 86, 89, 90, 100, 120)
+    for architecture in ("80", "86", "89", "90", "100", "120", "gfx942")
     for dtype in ("float32", "bfloat16", "float16", "float64")
 ]
 
@@ -41,11 +41,11 @@ WHOLE = [
 def compile_and_check(architecture, dtype, only):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.static", "--json", "--only", only]
-    command += ["--architecture", str(architecture), "--dtype", dtype]
+    command += ["--architecture", architecture, "--dtype", dtype]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    print(f"\nsm_{architecture} {dtype}")
+    print(f"\n{architecture} {dtype}")
     for row in rows:
         print(
             "{case:34} {kernel:26} registers {registers:3} spills {spills:3} shared {shared:6} "
@@ -62,9 +62,9 @@ def compile_and_check(architecture, dtype, only):
         on_chip = case.startswith(("block layer", "layer 2, 10 classes"))
         du = "kept_backward_kernel" if "rba final" in case else "streamed_backward_kernel"
         assert kernels == (ON_CHIP if on_chip else STREAMED | {du})
-        wide = {row["kernel"] for row in rows if row["case"] == case and row["wide_loads"]}
-        if dtype == "float32":  # W is contiguous along D
-            assert wide >= {k for k in kernels if k.startswith(("on_chip", "streamed", "kept"))}
+    if dtype == "float32":
+        for row in rows:  # ds and states [J, D] are too few for more than 64 bits a thread
+            assert row["wide_loads"] or row["kernel"] == "output_gradient_kernel", row
 
 
 @pytest.mark.slow

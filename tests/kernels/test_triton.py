@@ -282,7 +282,9 @@ def test_opcheck(device):
     torch.library.opcheck(squash_forward.registered, (s,))
     torch.library.opcheck(squash_backward.registered, (s.detach(), s.detach()))
     torch.library.opcheck(primary_forward.registered, (features, 2))
-    torch.library.opcheck(primary_backward.registered, (features.detach(), features.detach().view(1, 8, 2), 2))
+    torch.library.opcheck(
+        primary_backward.registered, (features.detach(), features.detach().view(1, 8, 2), 2)
+    )
     torch.library.opcheck(votes_forward.registered, (u, W))
     u_hat = votes(u, W).detach()
     torch.library.opcheck(votes_backward.registered, (u_hat, u.detach(), W.detach()))
