@@ -7,6 +7,8 @@ and input capsules outside of them. The equations are those of README.md.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -29,12 +31,39 @@ def chunk_bytes() -> int:
     return min(max(kilobytes * 1024 // 16, 1 << 20), 8 << 20)
 
 
-def chunking(u: Tensor, W: Tensor) -> tuple[int, int]:
-    """Input capsules of a chunk, and how many chunks there are."""
+def chunking(B: int, W: Tensor, itemsize: int) -> tuple[int, int]:
+    """Input capsules of a chunk, and how many chunks there are.
+
+    Up to two chunks are made one: then votes serve all iterations.
+    """
     N, _, J, D = W.shape
-    one = J * D * u.shape[0] * accumulation_dtype(u, W).itemsize
-    n = max(1, min(N, chunk_bytes() // max(one, 1)))
+    n = max(1, chunk_bytes() // max(J * D * B * itemsize, 1))
+    n = N if N <= 2 * n else n
     return n, -(-N // n)
+
+
+class _Workspaces(threading.local):
+    """Memory by device and dtype, of each thread its own."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+_workspaces = _Workspaces()
+
+
+def workspace(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised memory that all calls of this thread share, one after the other.
+
+    Fresh memory of this size costs a page fault every 4 KB, more than what is computed in it.
+    """
+    key, size = (like.device, like.dtype), math.prod(shape)
+    held = _workspaces.held.get(key)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):  # else it could not be used outside of it
+            held = torch.empty(size, dtype=like.dtype, device=like.device)
+        _workspaces.held[key] = held
+    return held[:size].view(shape)
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
@@ -48,21 +77,9 @@ def forward(
     u: Tensor, W: Tensor, bias: Tensor | None, iterations: int, method: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns v [B, J, D], s of every iteration [R, B, J, D], and the kept couplings [N, J, B]."""
-    votes = Votes(u, W, method)
-    offset = 0 if bias is None else bias.to(votes.dtype).unsqueeze(-1)  # [J, D, 1]
+    votes = Votes(batch_last(u, W), W, method)
     kept = votes.u.new_empty(kept_shape(u, W, keep))
-    s_all = [votes.uniform_sum() + offset]  # each [J, D, B]
-    v_all = [squash(s_all[0])]
-    for r in range(1, iterations):
-        state = routing_state(v_all, method)
-        s = torch.zeros_like(s_all[0])
-        for i, u_hat, _ in votes.chunks():
-            c = logits(u_hat, state, method, votes.scratch).softmax(1)
-            if len(kept) and r == iterations - 1:
-                kept[i] = c
-            s += u_hat.mul_(c.unsqueeze(2)).sum(0)
-        s_all.append(s + offset)
-        v_all.append(squash(s_all[r]))
+    s_all, v_all = iterate(votes, bias, iterations, kept)
     v = v_all[-1].permute(2, 0, 1).to(torch.promote_types(u.dtype, W.dtype))
     return v.contiguous(), torch.stack(s_all).permute(0, 3, 1, 2).contiguous(), kept
 
@@ -78,52 +95,104 @@ def backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns du [B, N, K], dW [N, K, J, D] and dbias [J, D] or [0], from dv [B, J, D]."""
-    votes = Votes(u, W, method)
-    gradients = Gradients(votes)
-    s_all = s_all.permute(0, 2, 3, 1).contiguous()  # [R, J, D, B], the bits of forward
-    v_all = [] if len(kept) else [squash(s) for s in s_all.unbind()]
-    dv = grad_v.permute(1, 2, 0).to(votes.dtype)  # [J, D, B]
-    dstate = torch.zeros_like(dv)
-    dbias = dv.new_zeros(dv.shape[:2] if with_bias else 0)
-    for r in reversed(range(len(s_all))):
-        ds = squash_gradient(s_all[r], dv)
-        if with_bias:
-            dbias += ds.sum(-1)
-        if r == 0:
-            gradients.add_uniform(ds)
-        elif routing_grad == "final":
-            state = ds if len(kept) else routing_state(v_all[:r], method)  # kept: not needed
-            gradients.add_constant_couplings(ds, state, kept)
-            break
-        else:
-            step = gradients.add_full(ds, routing_state(v_all[:r], method))
-            dstate = dstate + step if method == "rba" else step
-            dv = dstate
+    votes = Votes(batch_last(u, W), W, method)
+    s = list(s_all.permute(0, 2, 3, 1).contiguous().unbind())  # [J, D, B] each, the bits of forward
+    v = [] if len(kept) else [squash(s_r) for s_r in s]
+    dv = grad_v.permute(1, 2, 0).to(votes.dtype)
+    gradients, ds_all = differentiate(votes, dv, s, v, kept, routing_grad)
     du = gradients.u.permute(2, 0, 1).to(u.dtype).contiguous()
+    dbias = torch.stack(ds_all).sum((0, 3)) if with_bias else dv.new_empty(0)
     return du, gradients.W.view(W.shape).to(W.dtype), dbias
 
 
+def batch_last(u: Tensor, W: Tensor) -> Tensor:
+    """u [B, N, K] as [N, K, B] in the accumulation dtype."""
+    return u.permute(1, 2, 0).to(accumulation_dtype(u, W)).contiguous()
+
+
+def iterate(
+    votes: Votes, bias: Tensor | None, iterations: int, kept: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """s and v [J, D, B] of every iteration; the last couplings go into `kept` unless it is empty."""
+    offset = 0 if bias is None else bias.to(votes.dtype).unsqueeze(-1)  # [J, D, 1]
+    s_all = [votes.uniform_sum() + offset]
+    v_all = [squash(s_all[0])]
+    for r in range(1, iterations):
+        state = routing_state(v_all, votes.method)
+        s = torch.zeros_like(s_all[0])
+        for i, u_hat, _ in votes.chunks():
+            scratch = votes.scratch[: len(u_hat)]
+            c = logits(u_hat, state, votes.method, scratch).softmax(1)
+            if len(kept) and r == iterations - 1:
+                kept[i] = c
+            s += torch.mul(u_hat, c.unsqueeze(2), out=scratch).sum(0)
+        s_all.append(s + offset)
+        v_all.append(squash(s_all[r]))
+    return s_all, v_all
+
+
+def differentiate(
+    votes: Votes,
+    dv: Tensor,
+    s_all: list[Tensor],
+    v_all: list[Tensor],
+    kept: Tensor,
+    routing_grad: str,
+) -> tuple[Gradients, list[Tensor]]:
+    """du, dW and ds of every differentiated iteration, from dv and what `iterate` returned.
+
+    `v_all` is not needed if there are kept couplings.
+    """
+    gradients = Gradients(votes)
+    dstate = torch.zeros_like(dv)
+    ds_all = []
+    for r in reversed(range(len(s_all))):
+        ds = squash_gradient(s_all[r], dv)
+        ds_all.append(ds)
+        if r == 0:
+            gradients.add_uniform(ds)
+        elif routing_grad == "final":
+            state = ds if len(kept) else routing_state(v_all[:r], votes.method)
+            gradients.add_constant_couplings(ds, state, kept)
+            break
+        else:
+            step = gradients.add_full(ds, routing_state(v_all[:r], votes.method))
+            dstate = dstate + step if votes.method == "rba" else step
+            dv = dstate
+    return gradients, ds_all
+
+
 class Votes:
-    """The votes of one call in the accumulation dtype, made chunk by chunk."""
+    """The votes of one call in the accumulation dtype, made chunk by chunk.
+
+    If one chunk holds them all, they are made once and serve every iteration.
+    """
 
     def __init__(self, u: Tensor, W: Tensor, method: str):
+        """u [N, K, B] in the accumulation dtype, W [N, K, J, D]."""
         N, K, J, D = W.shape
-        self.dtype = accumulation_dtype(u, W)
+        self.dtype = u.dtype
         self.method = method
-        self.u = u.permute(1, 2, 0).to(self.dtype).contiguous()  # [N, K, B]
-        self.W = W.to(self.dtype).reshape(N, K, J * D)
-        self.shape = (J, D, u.shape[0])
-        n, _ = chunking(u, W)
+        self.u = u
+        self.W = W.to(u.dtype).reshape(N, K, J * D)
+        self.shape = (J, D, u.shape[2])
+        n, _ = chunking(u.shape[2], W, u.element_size())
         self.slices = [slice(start, min(start + n, N)) for start in range(0, N, n)]
-        self.scratch = self.u.new_empty(n, *self.shape)
+        self.buffer, self.scratch = workspace(u, (2, n, *self.shape)).unbind()
+        self.whole: tuple[slice, Tensor, Tensor | None] | None = None
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Yields i, u_hat_i [n, J, D, B], to be overwritten at will, and the shortening of sda."""
-        buffer = torch.empty_like(self.scratch)
+        """Yields i, u_hat_i [n, J, D, B], only to be read, and the shortening of sda."""
+        if self.whole is not None:
+            yield self.whole
+            return
         for i in self.slices:
-            u_hat = buffer[: i.stop - i.start]
+            u_hat = self.buffer[: i.stop - i.start]
             torch.bmm(self.W[i].mT, self.u[i], out=u_hat.flatten(1, 2))
-            yield i, u_hat, self.shorten(u_hat, i) if self.method == "sda" else None
+            chunk = i, u_hat, self.shorten(u_hat, i) if self.method == "sda" else None
+            if len(self.slices) == 1:
+                self.whole = chunk
+            yield chunk
 
     def shorten(self, u_hat: Tensor, i: slice) -> Tensor:
         """Shortens votes to the length of their capsule; returns the factors [n, J, B] <= 1."""

@@ -144,7 +144,7 @@ def explain(
     if backend == "reference":
         return Explanation(backend, "eager PyTorch with all votes in memory", (), ())
     if backend == "chunked":
-        n, chunks = chunked.chunking(u, W)
+        n, chunks = chunked.chunking(len(u), W, accumulation_dtype(u, W).itemsize)
         step = f"{chunks} chunks of {n} input capsules"
         return Explanation(
             backend, "PyTorch, votes of a chunk in memory at a time", (step,), (step,)
