@@ -23,9 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mocapsnet.kernels.launch import Launch, recording
+from mocapsnet.kernels.launch import Launch, accumulation_dtype, recording
+from mocapsnet.kernels.momentum import triton as momentum
+from mocapsnet.kernels.momentum.schedule import schedule
 from mocapsnet.kernels.primary import triton as primary
 from mocapsnet.kernels.routing import triton as routing
+from mocapsnet.kernels.routing.weight_gradient import weight_gradient_kernel
 from mocapsnet.kernels.squash import triton as squash
 from mocapsnet.kernels.votes import triton as votes
 
@@ -99,8 +102,10 @@ def trips(launch: Launch) -> int:
         return math.ceil(named["slices"] / named["BLOCK_S"])
     if launch.kernel is routing.kept_backward_kernel:
         return named["J"]
-    if launch.kernel is routing.weight_gradient_kernel:
+    if launch.kernel is weight_gradient_kernel:
         return math.ceil(named["B"] / named["BLOCK_B"])
+    if "GAMMA" in named:
+        return named["end"] - named["begin"]
     return named["R"] - 1 if named.get("FULL") else 1
 
 
@@ -127,24 +132,42 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         v, *saved = routing.forward(u, W, tensor(J, D), 3, method, keep)
         routing.backward(v, u, W, *saved, method, routing_grad, with_bias=True)
 
+    def stacked(method: str, routing_grad: str) -> None:
+        x = torch.empty(128, 32, 8, dtype=accumulation_dtype(tensor(1)), device="meta")
+        weights, biases = [tensor(32, 8, 32, 8)] * 8, [tensor(32, 8)] * 8
+        plan = schedule(8, 0.9, 39, 0)
+        _, anchors = momentum.forward(x, x, weights, biases, plan, 3, method)
+        momentum.backward(x, anchors, weights, biases, plan, 3, method, routing_grad)
+
     features = tensor(128, 256, 6, 6)
     channels_last = features.to(memory_format=torch.channels_last)
     u, W, u_hat = tensor(128, 32, 8), tensor(32, 8, 32, 8), tensor(128, 32, 32, 8)
     capsules = tensor(128, 1152, 8)
-    return {
-        "squash": lambda: (squash.forward(capsules), squash.backward(capsules, capsules)),
-        "primary": lambda: (primary.forward(features, 8), primary.backward(features, capsules, 8)),
-        "primary, channels-last": lambda: (
-            primary.forward(channels_last, 8),
-            primary.backward(channels_last, capsules, 8),
-        ),
-        "votes": lambda: (votes.forward(u, W), votes.backward(u_hat, u, W)),
-    } | {
-        f"{shape}, {method} {routing_grad}": partial(routed, sizes, method, routing_grad)
-        for method in ("rba", "sda")
-        for routing_grad in ("final", "full")
-        for shape, sizes in SHAPES.items()
-    }
+    return (
+        {
+            "squash": lambda: (squash.forward(capsules), squash.backward(capsules, capsules)),
+            "primary": lambda: (
+                primary.forward(features, 8),
+                primary.backward(features, capsules, 8),
+            ),
+            "primary, channels-last": lambda: (
+                primary.forward(channels_last, 8),
+                primary.backward(channels_last, capsules, 8),
+            ),
+            "votes": lambda: (votes.forward(u, W), votes.backward(u_hat, u, W)),
+        }
+        | {
+            f"{shape}, {method} {routing_grad}": partial(routed, sizes, method, routing_grad)
+            for method in ("rba", "sda")
+            for routing_grad in ("final", "full")
+            for shape, sizes in SHAPES.items()
+        }
+        | {
+            f"stack of 8 layers, {method} {routing_grad}": partial(stacked, method, routing_grad)
+            for method in ("rba", "sda")
+            for routing_grad in ("final", "full")
+        }
+    )
 
 
 def main() -> None:
@@ -208,7 +231,7 @@ def summary(label: str, launches: list[dict[str, Any]], dtype: str) -> str:
     time = sum(row["predicted"] for row in launches)
     text = f"{label}: {time * 1e6:.1f} us predicted on {gpu.name}, not measured"
     shape, _, mode = label.rpartition(", ")
-    if mode == "rba final":
+    if mode == "rba final" and shape in SHAPES:
         least = floor(SHAPES[shape], 3, getattr(torch, dtype).itemsize, gpu)
         text += f"; floor {least * 1e6:.1f} us, ratio {time / least:.2f}"
     return text

@@ -5,9 +5,10 @@ dimension K, output dimension D. `u` [B, N, K] are input capsules, `W` [N, K, J,
 matrices, `v` [B, J, D] output capsules.
 """
 
+from .momentum.op import momentum_routing
 from .primary.op import primary_capsules
 from .routing.op import explain, routing
 from .squash.op import squash
 from .votes.op import votes
 
-__all__ = ["explain", "primary_capsules", "routing", "squash", "votes"]
+__all__ = ["explain", "momentum_routing", "primary_capsules", "routing", "squash", "votes"]

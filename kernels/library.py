@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,13 +48,23 @@ class Operation:
 
         class Direct(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
+            def forward(ctx: Any, lengths: list[int | None], *flat: Any) -> Any:
+                args = nested(flat, lengths)
+                ctx.lengths = lengths
                 output = function(*args)
                 setup_context(ctx, args, output)
                 return output
 
-        Direct.backward = staticmethod(backward)
-        self.direct = Direct.apply
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+                of_args = backward(ctx, *grads)
+                return None, *flattened(of_args if isinstance(of_args, tuple) else (of_args,))
+
+        def direct(*args: Any) -> Any:
+            lengths = [len(x) if isinstance(x, list) else None for x in args]
+            return Direct.apply(lengths, *flattened(args))
+
+        self.direct = direct
 
     def refuse_derivative(self) -> None:
         """Makes differentiating this operation, itself a backward pass, a clear error."""
@@ -70,3 +81,14 @@ class Operation:
 
         self.registered.register_autograd(backward)
         self.direct = direct
+
+
+def flattened(args: Iterable[Any]) -> list[Any]:
+    """The elements of lists in their places: torch.autograd.Function sees no tensors in lists."""
+    return [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+
+
+def nested(flat: Iterable[Any], lengths: Iterable[int | None]) -> tuple[Any, ...]:
+    """What was flattened, given the lengths of lists, None for what was none."""
+    rest = iter(flat)
+    return tuple(next(rest) if n is None else list(islice(rest, n)) for n in lengths)

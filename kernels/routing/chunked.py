@@ -113,7 +113,7 @@ def batch_last(u: Tensor, W: Tensor) -> Tensor:
 def iterate(
     votes: Votes, bias: Tensor | None, iterations: int, kept: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """s and v [J, D, B] of every iteration; the last couplings go into `kept` unless it is empty."""
+    """s and v [J, D, B] of every iteration; `kept` is given the last couplings unless empty."""
     offset = 0 if bias is None else bias.to(votes.dtype).unsqueeze(-1)  # [J, D, 1]
     s_all = [votes.uniform_sum() + offset]
     v_all = [squash(s_all[0])]

@@ -169,7 +169,7 @@ def output_gradient_kernel(
     if KEPT:
         tl.store(V_ptr + (j * B + b) * D + d, ds, m)
     elif not UNIFORM:
-        tl.store(V_ptr + o, tile.state(s_ptr, o, m, stride, r, s, SDA), m)
+        tl.store(V_ptr + o, tile.state(s_ptr + o, m, stride, r, s, SDA), m)
 
 
 @triton.jit(do_not_specialize=["B", "N", "begin", "end", "per_slice"])

@@ -28,6 +28,12 @@ def votes(p_u, m_u, p_W, m_W, K: tl.constexpr, J: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
+def weight(table_ptr, layer, W_like_ptr):
+    """W of a layer, from a table of addresses; all are multiples of 16, as PyTorch's are."""
+    return tl.multiple_of(tl.load(table_ptr + layer).to(W_like_ptr.dtype), 16)
+
+
+@triton.jit
 def couplings(u_hat, V, valid, J: tl.constexpr, SCALE: tl.constexpr, SDA: tl.constexpr):
     """c_ij [X, J, 1] from the state (equations 3 and 4, or 3 and 6)."""
     if SDA:
@@ -61,11 +67,11 @@ def distances(u_hat, v, J: tl.constexpr):
 
 
 @triton.jit
-def state(s_ptr, o_v, m_v, stride_r, r, like, SDA: tl.constexpr):
+def state(p_s, m_v, stride_s, r, like, SDA: tl.constexpr):
     """The state of iteration r >= 1, V or v(r - 1), from the sums s of the iterations before it."""
     V = tl.zeros_like(like)
     for q in range(r - 1 if SDA else 0, r):
-        V += device.squash(tl.load(s_ptr + q * stride_r + o_v, m_v, 0), 2)
+        V += device.squash(tl.load(p_s + q * stride_s, m_v, 0), 2)
     return V
 
 

@@ -1,19 +1,13 @@
-"""Launches the Triton kernels of routing: the form for a problem, and the weight gradient's kernel.
-
-Between the launches of backward d(u_hat) is never stored: it is a sum of TERMS products of a
-number a [B, N, J] and a vector x [B, J, D], for `sda` also of a number and the vote itself.
-Equation 15 of README.md.
-"""
+"""Launches the Triton kernels of routing, in the form that suits a problem."""
 
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..launch import accumulation_dtype, accumulation_type, dot_precision, launch, padded
-from . import chunked, tile
+from ..launch import accumulation_dtype, accumulation_type, launch, padded
+from . import chunked
 from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
 from .reference import distance_scale
 from .streamed import (
@@ -23,66 +17,7 @@ from .streamed import (
     streamed_backward_kernel,
     streamed_sum_kernel,
 )
-
-
-@triton.jit(do_not_specialize=["B", "N", "begin", "end"])
-def weight_gradient_kernel(
-    u_ptr,
-    W_ptr,
-    a_ptr,
-    x_ptr,
-    dW_ptr,
-    B,
-    N,
-    begin,
-    end,
-    K: tl.constexpr,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    TERMS: tl.constexpr,
-    SDA: tl.constexpr,
-    KEPT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dW_i = sum_b u_i (x) d(vote_i) (equation 14) for one i and a tile of j.
-
-    The numbers a are [TERMS (+ 1), B, end - begin, J], or if KEPT, couplings [N, J, B].
-    """
-    i = begin + tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    k = tl.arange(0, BLOCK_K)[:, None]
-    stride_a, stride_x = B.to(tl.int64) * (end - begin) * J, B.to(tl.int64) * J * D
-    dW = tl.zeros([BLOCK_K, BLOCK_J * BLOCK_D], ACC)
-    for start in range(0, B, BLOCK_B):
-        row = start + tl.arange(0, BLOCK_B).to(tl.int64)
-        b = row[:, None, None]
-        p_a = (
-            a_ptr + (i * J + j) * B + b if KEPT else a_ptr + (b * (end - begin) + i - begin) * J + j
-        )
-        p_x = x_ptr + (b * J + j) * D + d
-        m_a, m_x = (b < B) & (j < J), (b < B) & (j < J) & (d < D)
-        g = tl.load(p_a, m_a, 0) * tl.load(p_x, m_x, 0)
-        for t in tl.static_range(1, TERMS):
-            g += tl.load(p_a + t * stride_a, m_a, 0) * tl.load(p_x + t * stride_x, m_x, 0)
-        if SDA:
-            p_u, p_W = u_ptr + (b * N + i) * K, W_ptr + i * K * J * D + j * D + d
-            vote = tile.votes(p_u, b < B, p_W, (j < J) & (d < D), K, J, D, ACC)
-            g += tl.load(p_a + TERMS * stride_a, m_a, 0) * vote
-        p_u = u_ptr + (row[None, :] * N + i) * K + k
-        b_u = tl.load(p_u, (row[None, :] < B) & (k < K), 0).to(ACC)  # [K, B]
-        g = tl.reshape(g, [BLOCK_B, BLOCK_J * BLOCK_D])
-        dW = tl.dot(b_u, g, dW, input_precision=PRECISION, out_dtype=ACC)
-    column = tl.arange(0, BLOCK_J * BLOCK_D)[None, :]
-    w_j, w_d = tl.program_id(1) * BLOCK_J + column // BLOCK_D, column % BLOCK_D
-    p_dW = dW_ptr + ((i * K + k) * J + w_j) * D + w_d
-    tl.store(p_dW, dW, (k < K) & (w_j < J) & (w_d < D))
-
+from .weight_gradient import weight_gradient
 
 ON_CHIP_VOTES = 16384
 """Votes of one sample, sides padded to powers of two, that one program holds in registers."""
@@ -92,11 +27,6 @@ STREAM_PROGRAMS = 2112
 
 TERMS_BYTES = 64 << 20
 """Numbers a that streamed backward holds at a time."""
-
-
-SDA_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
-"""Launch option of streamed sda on NVIDIA GPUs; unasked, ptxas fits in one more program and spills
-one to four registers for it."""
 
 
 class Plan(NamedTuple):
@@ -125,13 +55,14 @@ def plan(B: int, N: int, J: int, D: int, itemsize: int) -> Plan:
     return Plan(False, block_b, triton.cdiv(N, slices), num_warps)
 
 
-def weight_gradient_tile(B: int, N: int, J: int, D: int) -> tuple[int, int]:
-    """Output capsules and samples of a tile: 256 columns [J, D] if that makes programs enough."""
-    columns = 256
-    while columns > 64 and N * triton.cdiv(padded(J) * padded(D), columns) < 264:
-        columns //= 2
-    block_j = max(1, min(padded(J), columns // padded(D)))
-    return block_j, 16 if block_j * padded(D) > 128 else min(32, max(16, padded(B)))
+def registers(num_warps: int, sda: bool) -> dict[str, int]:
+    """Launch option of streamed kernels on NVIDIA GPUs: how many registers a thread may take.
+
+    Unasked, ptxas fits in one more program where it can, and spills one to four registers for it.
+    """
+    if torch.version.hip or not (sda or num_warps > 1):
+        return {}
+    return {"maxnreg": 255 if sda else 128}
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
@@ -187,7 +118,7 @@ def forward(
             num_warps=p.num_warps,
             **routing,
             **sizes,
-            **(SDA_REGISTERS if sda else {}),
+            **registers(p.num_warps, sda),
         )
         launch(
             output_kernel,
@@ -270,25 +201,9 @@ def backward(
                 num_warps=p.num_warps,
                 **routing,
                 **sizes,
-                **(SDA_REGISTERS if sda else {}),
+                **registers(p.num_warps, sda),
             )
-        block_j, block_b = weight_gradient_tile(B, end - begin, J, D)
-        launch(
-            weight_gradient_kernel,
-            (end - begin, triton.cdiv(J, block_j)),
-            *(u, W, a, x, dW, B, N, begin, end),
-            K=K,
-            TERMS=terms,
-            KEPT=is_kept,
-            SDA=sda,
-            BLOCK_B=block_b,
-            BLOCK_K=padded(K),
-            BLOCK_J=block_j,
-            PRECISION=dot_precision(s),
-            num_warps=8 if sda else 4,
-            num_stages=2 if terms == 1 else 1,  # else the prefetched terms exceed shared memory
-            **sizes,
-        )
+        weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, is_kept)
     return du, dW, x[: R if full else 1].sum((0, 1)) if with_bias else s.new_empty(0)
 
 
@@ -344,5 +259,5 @@ def output_gradients(
             BLOCK_B=p.block_b,
             num_warps=p.num_warps,
             **sizes,
-            **(SDA_REGISTERS if sda else {}),
+            **registers(p.num_warps, sda),
         )

@@ -22,8 +22,7 @@ STREAMED = {  # and the kernel of du
     "output_gradient_kernel",
     "weight_gradient_kernel",
 }
-FEW_SPILLS = ("on_chip_backward_kernel", "sda full")
-"""Kernel and mode that spill up to four registers; no others may spill in 32 or 16 bits."""
+STACK = {"momentum_forward_kernel", "momentum_backward_kernel", "weight_gradient_kernel"}
 
 FINAL = "squash|primary|votes|rba final"
 PART = [
@@ -36,6 +35,18 @@ WHOLE = [
     for architecture in ("80", "86", "89", "90", "100", "120", "gfx942")
     for dtype in ("float32", "bfloat16", "float16", "float64")
 ]
+
+
+def most_spills(kernel, mode, architecture):
+    """Registers that a kernel may spill in 32 or 16 bits: none, but where 128 for each of 512
+    threads do not suffice."""
+    if kernel == "on_chip_backward_kernel" and mode == "sda full":
+        return 4
+    if kernel == "momentum_backward_kernel" and mode != "rba final":
+        return 40
+    if kernel == "momentum_forward_kernel" and "sda" in mode and architecture == "gfx942":
+        return 4
+    return 0
 
 
 def compile_and_check(architecture, dtype, only):
@@ -55,10 +66,13 @@ def compile_and_check(architecture, dtype, only):
         assert row["shared"] <= row["shared_limit"], row
         assert row["resident"] >= 1, row
         if dtype != "float64":
-            few = FEW_SPILLS[0] == row["kernel"] and FEW_SPILLS[1] in row["case"]
-            assert row["spills"] <= (4 if few else 0), row
+            mode = row["case"].rpartition(", ")[2]
+            assert row["spills"] <= most_spills(row["kernel"], mode, architecture), row
     for case in {row["case"] for row in rows if "layer" in row["case"]}:
         kernels = {row["kernel"] for row in rows if row["case"] == case}
+        if case.startswith("stack"):
+            assert kernels == STACK
+            continue
         on_chip = case.startswith(("block layer", "layer 2, 10 classes"))
         kept = case.endswith("rba final") and (dtype != "float64" or "layer 2" in case)  # <= 32 MB
         du = "kept_backward_kernel" if kept else "streamed_backward_kernel"
