@@ -52,18 +52,18 @@ class _Workspaces(threading.local):
 _workspaces = _Workspaces()
 
 
-def workspace(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def workspace(like: Tensor, size: int) -> Tensor:
     """Uninitialised memory that all calls of this thread share, one after the other.
 
     Fresh memory of this size costs a page fault every 4 KB, more than what is computed in it.
     """
-    key, size = (like.device, like.dtype), math.prod(shape)
+    key = (like.device, like.dtype)
     held = _workspaces.held.get(key)
     if held is None or held.numel() < size:
         with torch.inference_mode(False):  # else it could not be used outside of it
             held = torch.empty(size, dtype=like.dtype, device=like.device)
         _workspaces.held[key] = held
-    return held[:size].view(shape)
+    return held[:size]
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
@@ -121,8 +121,7 @@ def iterate(
         state = routing_state(v_all, votes.method)
         s = torch.zeros_like(s_all[0])
         for i, u_hat, _ in votes.chunks():
-            scratch = votes.scratch[: len(u_hat)]
-            c = logits(u_hat, state, votes.method, scratch).softmax(1)
+            c, scratch = votes.couplings(u_hat, state), votes.scratch[: len(u_hat)]
             if len(kept) and r == iterations - 1:
                 kept[i] = c
             s += torch.mul(u_hat, c.unsqueeze(2), out=scratch).sum(0)
@@ -178,7 +177,10 @@ class Votes:
         self.shape = (J, D, u.shape[2])
         n, _ = chunking(u.shape[2], W, u.element_size())
         self.slices = [slice(start, min(start + n, N)) for start in range(0, N, n)]
-        self.buffer, self.scratch = workspace(u, (2, n, *self.shape)).unbind()
+        size = math.prod(self.shape)
+        memory = workspace(u, n * (2 * size + size // D * 2))
+        self.buffer, self.scratch = memory[: 2 * n * size].view(2, n, *self.shape).unbind()
+        self.b, self.c = memory[2 * n * size :].view(2, n, J, self.shape[2]).unbind()
         self.whole: tuple[slice, Tensor, Tensor | None] | None = None
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -193,6 +195,16 @@ class Votes:
             if len(self.slices) == 1:
                 self.whole = chunk
             yield chunk
+
+    def couplings(self, u_hat: Tensor, state: Tensor) -> Tensor:
+        """c [n, J, B] of votes [n, J, D, B] given the state [J, D, B], until the next call."""
+        n = len(u_hat)
+        if self.method == "rba":
+            b = torch.sum(torch.mul(u_hat, state, out=self.scratch[:n]), 2, out=self.b[:n])
+        else:
+            d, m = distances(u_hat, state)
+            b = torch.where(m > 0, distance_scale(d.shape[1]) * d / m, 0)
+        return torch.softmax(b, 1, out=self.c[:n])
 
     def shorten(self, u_hat: Tensor, i: slice) -> Tensor:
         """Shortens votes to the length of their capsule; returns the factors [n, J, B] <= 1."""
@@ -218,15 +230,17 @@ class Gradients:
 
     def __init__(self, votes: Votes):
         self.votes = votes
-        self.u = torch.zeros_like(votes.u)
-        self.W = torch.zeros_like(votes.W)
+        self.u = torch.empty_like(votes.u)
+        self.W = torch.empty_like(votes.W)
+        self.beta = 0  # of what stands there, in the first pass nothing
 
     def add_uniform(self, ds: Tensor) -> None:
         """Iteration 1: every coupling is 1 / J."""
         votes, g = self.votes, ds / ds.shape[0]
         if votes.method == "rba":
-            self.u.flatten(0, 1).addmm_(votes.W.flatten(0, 1), g.flatten(0, 1))
-            self.W.flatten(0, 1).addmm_(votes.u.flatten(0, 1), g.flatten(0, 1).T)
+            u, W, g = votes.u.flatten(0, 1), votes.W.flatten(0, 1), g.flatten(0, 1)
+            self.u.flatten(0, 1).addmm_(W, g, beta=self.beta)
+            self.W.flatten(0, 1).addmm_(u, g.T, beta=self.beta)
             return
         for i, u_hat, factor in votes.chunks():
             self.add(i, g.expand_as(u_hat), u_hat, factor)
@@ -241,7 +255,7 @@ class Gradients:
             return
         for i, u_hat, factor in votes.chunks():
             scratch = votes.scratch[: len(u_hat)]
-            c = logits(u_hat, state, votes.method, scratch).softmax(1).unsqueeze(2)
+            c = votes.couplings(u_hat, state).unsqueeze(2)
             self.add(i, torch.mul(c, ds, out=scratch), u_hat, factor)
 
     def add_full(self, ds: Tensor, state: Tensor) -> Tensor:
@@ -250,7 +264,7 @@ class Gradients:
         dstate = torch.zeros_like(state)
         for i, u_hat, factor in votes.chunks():
             scratch = votes.scratch[: len(u_hat)]
-            c = logits(u_hat, state, votes.method, scratch).softmax(1)  # [n, J, B]
+            c = votes.couplings(u_hat, state)
             dc = torch.mul(u_hat, ds, out=scratch).sum(2)
             db = c * (dc - (c * dc).sum(1, keepdim=True))
             g = torch.mul(c.unsqueeze(2), ds, out=scratch)
@@ -262,6 +276,7 @@ class Gradients:
                 g += to_vote
                 dstate -= to_vote.sum(0)
             self.add(i, g, u_hat, factor)
+        self.beta = 1
         return dstate
 
     def add(
@@ -276,23 +291,16 @@ class Gradients:
             g = (g - u_hat * (along / length.where(length > 0, 1)).unsqueeze(2)) * factor.unsqueeze(
                 2
             )
+        self.u[i].baddbmm_(W, g.flatten(1, 2), beta=self.beta)
+        self.W[i].baddbmm_(u, g.flatten(1, 2).mT, beta=self.beta)
+        if u_hat is not None and factor is not None:
             direction = u / length.where(length > 0, 1)
             self.u[i] += direction * along.sum(1, keepdim=True)
-        self.u[i].baddbmm_(W, g.flatten(1, 2))
-        self.W[i].baddbmm_(u, g.flatten(1, 2).mT)
 
 
 def routing_state(v_all: list[Tensor], method: str) -> Tensor:
     """What the next couplings depend on: V = v(1) + ... + v(r - 1) for rba, v(r - 1) for sda."""
     return torch.stack(v_all).sum(0) if method == "rba" else v_all[-1]
-
-
-def logits(u_hat: Tensor, state: Tensor, method: str, scratch: Tensor) -> Tensor:
-    """Logits [n, J, B] of votes [n, J, D, B] given the state [J, D, B]."""
-    if method == "rba":
-        return torch.mul(u_hat, state, out=scratch[: len(u_hat)]).sum(2)
-    d, m = distances(u_hat, state)
-    return torch.where(m > 0, distance_scale(d.shape[1]) * d / m, 0)
 
 
 def distances(u_hat: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
