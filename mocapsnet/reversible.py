@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .residual_checks import (
+    autocast,
+    autocast_state,
+    changed,
+    checked_output,
+    hooks_off,
+    known,
+    random_numbers,
+    random_state,
+    refuse_changes,
+    refuse_own_skip,
+    versions,
+)
 
 
 class ResidualStack(nn.Module):
-    """x <- x + layer(x), layer after layer.
+    """x <- x + layer(x, *args, **kwargs), layer after layer.
 
     Args:
         layers: modules that map a tensor to one of the same shape.
+    Raises: ValueError if a layer changes the shape.
     Source: Gugglberger et al. 2021; equation 2 of the Momentum Capsule Networks paper.
     """
 
@@ -23,9 +38,9 @@ class ResidualStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
+    def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+        for n, layer in enumerate(self.layers):
+            x = x + checked_output(layer(x, *args, **kwargs), x, n, layer)
         return x
 
 
@@ -33,24 +48,30 @@ class MomentumStack(nn.Module):
     """v <- gamma v + (1 - gamma) layer(x);  x <- x + v, layer after layer; invertible.
 
     With `memory="reversible"` forward keeps no activations: backward reconstructs every layer's
-    input from the final x and v, then differentiates that layer alone. Dividing by gamma
-    multiplies rounding errors by 1 / gamma per layer, so x and v are float32 or wider whatever the
-    input's dtype, and anchors, a stored (x, v) every `anchor_every` layers, bound the error at any
-    depth. Layers must be deterministic functions of their input and parameters: dropout in
-    training mode would differ between forward and reconstruction.
+    input from the final x and v, calls the layer again and differentiates it alone. x and v are
+    float32 or wider whatever the input's dtype. Dividing by gamma multiplies rounding errors by
+    1 / gamma per layer; anchors, a stored (x, v) every so many layers, bound the error at any
+    depth, see `spacing`.
+
+    Layers may be any modules that return the branch alone, without x added. The second call
+    repeats random numbers (dropout) and autocast of the first; it must find the same parameters,
+    buffers and training mode. A tensor that a layer reads and that needs a gradient must be its
+    parameter or an argument of forward. The first forward that records gradients calls each
+    layer once more, to look for a skip connection of its own.
 
     Args:
         layers: modules that map a tensor to one of the same shape.
         gamma: momentum, between 0 and 1, both excluded.
         memory: "reversible", or "stored" where autograd keeps all activations; the gradients are
             the same up to rounding.
-        anchor_every: layers between anchors, or None: as many as amplify an error at most 64
-            times, log(64) / log(1 / gamma), which is 39 for gamma = 0.9.
+        anchor_every: layers between anchors, or None: `spacing` chooses.
         velocity: "network", one v through all layers, as in the paper's Algorithm 1; "block", v
             is set to zero after every `block_layers` layers, as in the published code.
         block_layers: layers per block, for velocity "block".
     Shapes: x [...] -> x [...]; float32 or wider.
-    Raises: ValueError if an option is out of range; RuntimeError on double backward.
+    Raises: ValueError if an option is out of range or a layer changes the shape. Reversible, with
+        gradients: ValueError if a layer changes its buffers or arguments, or adds x itself;
+        RuntimeError on double backward, or if parameters changed between forward and backward.
     Source: Algorithms 1 and 2 of the Momentum Capsule Networks paper; Sander et al. 2021.
     """
 
@@ -81,82 +102,204 @@ class MomentumStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.gamma = gamma
         self.memory = memory
-        self.anchor_every = anchor_every or max(1, int(math.log(64) / -math.log(gamma)))
+        self.anchor_every = anchor_every
         self.velocity = velocity
         self.block_layers = block_layers
+        self.branches: set[nn.Module] = set()  # layers found to have no skip connection
 
-    def forward(self, x: Tensor, v: Tensor | None = None) -> Tensor:
-        """Maps x to x; `v` is the initial velocity, zero if None."""
+    def forward(self, x: Tensor, v: Tensor | None = None, /, *args: Any, **kwargs: Any) -> Tensor:
+        """Maps x to x; `v` is the initial velocity, zero if None.
+
+        Every layer is called as layer(x, *args, **kwargs). Tensors in them, also within tuples,
+        lists and dicts, get their gradient, summed over the layers.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = x.to(dtype)
         v = torch.zeros_like(x) if v is None else v.to(dtype)
+        if v.shape != x.shape:
+            raise ValueError(
+                f"v must have the shape of x, {list(x.shape)}; got {list(v.shape)}. A layer's "
+                "first extra argument comes after v: stack(x, None, argument)"
+            )
         if self.memory == "reversible" and torch.is_grad_enabled() and len(self.layers) > 0:
-            parameters = [p for p in self.layers.parameters() if p.requires_grad]
-            return _Reversible.apply(x, v, self, parameters, *parameters)
+            run = _reversible
+            if torch.compiler.is_compiling():
+                run = torch.compiler.disable(run)
+            return run(self, x, v, args, kwargs)
         for n in range(len(self.layers)):
-            x, v = self.step(n, x, v)
+            x, v = self.step(n, x, v, args, kwargs)
         return x
 
-    def step(self, n: int, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, n: int, x: Tensor, v: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """Layer n of Algorithm 1."""
-        f = self.layers[n](x)
+        f = self.branch(n, x, args, kwargs)
         v = (1 - self.gamma) * f if self.resets(n) else self.gamma * v + (1 - self.gamma) * f
         return x + v, v
+
+    def branch(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """Output of layer n, in x's dtype."""
+        layer = self.layers[n]
+        return checked_output(layer(x, *args, **kwargs), x, n, layer).to(x.dtype)
 
     def resets(self, n: int) -> bool:
         """Whether v is set to zero before layer n; the first block keeps the initial velocity."""
         return self.velocity == "block" and n > 0 and n % self.block_layers == 0
 
-    def anchored(self, n: int) -> bool:
-        """Whether forward stores (x, v) after layer n."""
-        end = n + 1 == len(self.layers)
-        return end or (n + 1) % self.anchor_every == 0 or self.resets(n + 1)
+    def spacing(self, dtype: torch.dtype) -> int:
+        """Layers between anchors for an x of this dtype: `anchor_every`, or what bounds the error.
+
+        An error is amplified by 1 / gamma per layer. So the spacing is the largest n with
+        eps(dtype) gamma^-n <= target, the relative error of a reconstructed state that a rounding
+        may grow to. float32: target 2^-17 = 7.6e-6, amplification 64, near what rounding in some
+        tens of layers does to a float32 gradient anyway. float64 is chosen for exact gradients:
+        target 2^-40 = 9.1e-13, amplification 4096, which leaves a factor of 1000 for the layers'
+        own growth of errors before gradients are off by 1e-9.
+
+        gamma      0.5   0.9   0.99
+        float32      6    39    413
+        float64     12    78    827
+        """
+        if self.anchor_every is not None:
+            return self.anchor_every
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        target = 2**-17 if eps > 2**-40 else 2**-40
+        return max(1, int(math.log2(target / eps) / -math.log2(self.gamma)))
+
+    def anchored(self, n: int, every: int) -> bool:
+        """Whether forward stores (x, v) after layer n, with anchors every so many layers."""
+        return n + 1 == len(self.layers) or (n + 1) % every == 0 or self.resets(n + 1)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, memory={self.memory!r}, velocity={self.velocity!r}"
 
 
+def _reversible(stack: MomentumStack, x: Tensor, v: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """Calls `_Reversible` with the tensors of args and kwargs apart, for autograd to see them."""
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[i] for i in places]
+    for i in places:
+        leaves[i] = None
+
+    def arguments(tensors: Iterable[Tensor]) -> Any:
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = tensor
+        return tree_unflatten(filled, spec)
+
+    parameters = [p for p in stack.layers.parameters() if p.requires_grad]
+    return _Reversible.apply(stack, arguments, len(tensors), x, v, *tensors, *parameters)
+
+
 class _Reversible(torch.autograd.Function):
-    """The whole stack as one node of the graph; parameter gradients are returned, in order."""
+    """The whole stack as one node of the graph, with arguments and parameters as its inputs.
+
+    `arguments` makes (args, kwargs) of the tensors that they contain, the first `count` of rest.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Tensor, stack: MomentumStack, parameters: list[Tensor], *_: Tensor
+        ctx: Any,
+        stack: MomentumStack,
+        arguments: Callable[[Iterable[Tensor]], Any],
+        count: int,
+        x: Tensor,
+        v: Tensor,
+        *rest: Tensor,
     ) -> Tensor:
-        ctx.stack = stack
-        ctx.parameters = parameters
-        anchors = []
-        for n in range(len(stack.layers)):
-            x, v = stack.step(n, x, v)
-            if stack.anchored(n):
-                anchors += [x, v]
-        ctx.save_for_backward(*anchors)
+        tensors = rest[:count]
+        args, kwargs = arguments(tensors)
+        detached = arguments(map(_leaf, tensors))
+        every = stack.spacing(x.dtype)
+        precision = autocast_state(x.device)
+        anchors, random = [], {}
+        with autocast(precision):
+            for n, layer in enumerate(stack.layers):
+                u = x
+                if known(layer):
+                    x, v = stack.step(n, x, v, args, kwargs)
+                else:
+                    before = random_state(x.device)
+                    buffers, given = versions(layer.buffers()), versions([x, *tensors])
+                    x, v = stack.step(n, x, v, args, kwargs)
+                    refuse_changes(n, layer, buffers, given)
+                    after = random_state(x.device)
+                    if not all(map(torch.equal, before, after)):
+                        random[n] = before
+                    if layer not in stack.branches:
+                        with random_numbers(x.device, before):
+                            refuse_own_skip(n, layer, u, *detached)
+                        stack.branches.add(layer)
+                if stack.anchored(n, every):
+                    anchors += [x, v]
+        ctx.save_for_backward(*tensors, *anchors)
+        ctx.stack, ctx.arguments, ctx.count, ctx.every = stack, arguments, count, every
+        ctx.precision, ctx.random = precision, random
+        ctx.wanted = rest[count:]
+        ctx.parameters = versions(stack.layers.parameters())
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        stack, gamma = ctx.stack, ctx.stack.gamma
-        anchors = list(ctx.saved_tensors)
-        gradients: dict[Tensor, Tensor] = {}
-        grad_v = torch.zeros_like(grad_x)
-        for n in reversed(range(len(stack.layers))):
-            if stack.anchored(n):
-                v, x = anchors.pop(), anchors.pop()
-            layer = stack.layers[n]
-            with torch.enable_grad():
-                x = (x - v).detach().requires_grad_()
-                f = layer(x)
-            grad_v = grad_v + grad_x
-            inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-            grads = torch.autograd.grad(f, inputs, (1 - gamma) * grad_v, allow_unused=True)
-            for parameter, grad in zip(inputs[1:], grads[1:], strict=True):
-                if grad is not None:
-                    so_far = gradients.get(parameter)
-                    gradients[parameter] = grad if so_far is None else so_far + grad
-            x = x.detach()
-            if not stack.resets(n):
-                v = (v - (1 - gamma) * f.detach()) / gamma
-            grad_x = grad_x if grads[0] is None else grad_x + grads[0]
-            grad_v = torch.zeros_like(grad_v) if stack.resets(n) else gamma * grad_v
-        return grad_x, grad_v, None, None, *(gradients.get(p) for p in ctx.parameters)
+        with torch.no_grad():
+            gradients = _backward(ctx, grad_x)
+        if torch.is_grad_enabled():
+            gradients = _Once.apply(torch.zeros((), requires_grad=True), *gradients)
+        return None, None, None, *gradients
+
+
+def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, v, the tensors in args and kwargs, and the parameters."""
+    stack, gamma = ctx.stack, ctx.stack.gamma
+    if changed(ctx.parameters, versions(stack.layers.parameters())):
+        raise RuntimeError(
+            "parameters of a reversible stack were changed between forward and backward, perhaps "
+            'by an optimizer step; go backward first, or use memory="stored"'
+        )
+    saved = ctx.saved_tensors  # checkpointing allows reading it once
+    tensors, anchors = [_leaf(t) for t in saved[: ctx.count]], list(saved[ctx.count :])
+    args, kwargs = ctx.arguments(tensors)
+    sums: dict[Tensor, Tensor] = {}
+    grad_v = torch.zeros_like(grad_x)
+    for n in reversed(range(len(stack.layers))):
+        if stack.anchored(n, ctx.every):
+            v, x = anchors.pop(), anchors.pop()
+        x = (x - v).requires_grad_()
+        with (
+            autocast(ctx.precision),
+            random_numbers(x.device, ctx.random.get(n)),
+            torch.enable_grad(),
+        ):
+            f = stack.branch(n, x, args, kwargs)
+        grad_v = grad_v + grad_x
+        if f.requires_grad:
+            inputs = [t for t in (*stack.layers[n].parameters(), *tensors) if t.requires_grad]
+            with hooks_off(inputs):
+                grad, *grads = torch.autograd.grad(
+                    f, [x, *inputs], (1 - gamma) * grad_v, allow_unused=True
+                )
+            for tensor, share in zip(inputs, grads, strict=True):
+                if share is not None:
+                    sums[tensor] = sums[tensor] + share if tensor in sums else share
+            grad_x = grad_x if grad is None else grad_x + grad
+        x = x.detach()
+        if not stack.resets(n):
+            v = (v - (1 - gamma) * f.detach()) / gamma
+        grad_v = torch.zeros_like(grad_v) if stack.resets(n) else gamma * grad_v
+    return grad_x, grad_v, *(sums.get(t) for t in (*tensors, *ctx.wanted))
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that raise when they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError('a reversible stack has no double backward; use memory="stored" for it')
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(t.requires_grad)
