@@ -73,7 +73,8 @@ class Operation:
         def backward(ctx: Any, *grads: Any) -> None:
             raise RuntimeError(
                 f"mocapsnet::{self.name} has no derivative of its own, so there is no double "
-                'backward through the fused operations: use backend="reference"'
+                'backward through the fused operations: use backend="reference", and where '
+                'layers are stacked memory="stored"'
             )
 
         def direct(*args: Any) -> Any:  # create_graph=True calls backward with gradients enabled

@@ -112,6 +112,12 @@ class CapsuleLayer(nn.Module):
             backend=self.backend,
         )
 
+    @property
+    def options(self) -> tuple[object, ...]:
+        """All that layers must have in common to be run by one fused operation."""
+        modes = (self.iterations, self.method, self.routing_grad, self.sda_mean, self.backend)
+        return (*modes, self.weight.shape, self.weight.dtype, self.bias is None)
+
     def extra_repr(self) -> str:
         N, K, J, D = self.weight.shape
         return (

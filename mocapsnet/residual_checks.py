@@ -42,7 +42,9 @@ def checked_output(f: Any, x: Tensor, n: int, layer: nn.Module) -> Tensor:
 
 def known(layer: nn.Module) -> bool:
     """Whether a layer needs no check: it draws no random numbers and changes nothing."""
-    return type(layer) is CapsuleLayer and not (layer._forward_hooks or layer._forward_pre_hooks)
+    hooks = layer._forward_hooks, layer._forward_pre_hooks
+    hooks += layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) is CapsuleLayer and not any(hooks)
 
 
 def versions(tensors: Iterable[Tensor]) -> Versions:

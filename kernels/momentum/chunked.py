@@ -31,7 +31,7 @@ def forward(
             v.zero_()
         bias = biases[layer] if biases else None
         f = iterate(Votes(x, W, method), bias, iterations, nothing)[1][-1]
-        v.mul_(gamma).add_(f, alpha=1 - gamma)
+        v.mul_(gamma).add_(f * (1 - gamma))
         x.add_(v)
         if layer in schedule.anchors:
             anchors[schedule.anchors.index(layer)] = torch.stack([x, v])
@@ -74,6 +74,6 @@ def backward(
         if schedule.restarts(layer):  # v before this layer is an anchor's
             dv.zero_()
         else:
-            v.sub_(v_all[-1], alpha=1 - gamma).div_(gamma)
+            v.sub_(v_all[-1] * (1 - gamma)).div_(gamma)
             dv *= gamma
     return dx.permute(2, 0, 1).contiguous(), dv.permute(2, 0, 1).contiguous(), dW, dbias
