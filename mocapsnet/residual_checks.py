@@ -42,8 +42,8 @@ def checked_output(f: Any, x: Tensor, n: int, layer: nn.Module) -> Tensor:
 
 def known(layer: nn.Module) -> bool:
     """Whether a layer needs no check: it draws no random numbers and changes nothing."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks
-    hooks += layer._backward_hooks, layer._backward_pre_hooks
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks]
+    hooks += [layer._backward_hooks, layer._backward_pre_hooks]
     return type(layer) is CapsuleLayer and not any(hooks)
 
 

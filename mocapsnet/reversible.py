@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .kernels import momentum_routing
+from .layers import CapsuleLayer
 from .residual_checks import (
     autocast,
     autocast_state,
@@ -122,8 +123,10 @@ class MomentumStack(nn.Module):
                 f"v must have the shape of x, {list(x.shape)}; got {list(v.shape)}. A layer's "
                 "first extra argument comes after v: stack(x, None, argument)"
             )
-        if self.memory == "reversible" and self.fusible(x) and not (args or kwargs):
-            return self.fused(x, v)
+        if self.memory == "reversible" and not (args or kwargs):
+            alike = self.capsule_layers(x)
+            if alike:
+                return self.fused(alike, x, v)
         if self.memory == "reversible" and torch.is_grad_enabled() and len(self.layers) > 0:
             run = _reversible
             if torch.compiler.is_compiling():
@@ -133,33 +136,35 @@ class MomentumStack(nn.Module):
             x, v = self.step(n, x, v, args, kwargs)
         return x
 
-    def fusible(self, x: Tensor) -> bool:
-        """Whether the layers are capsule layers, all alike, that one fused operation can run."""
-        if not self.layers or not all(map(known, self.layers)) or x.dim() != 3:
-            return False
-        first = self.layers[0]
-        return (
-            all(layer.options == first.options for layer in self.layers)
+    def capsule_layers(self, x: Tensor) -> list[CapsuleLayer]:
+        """The layers, if one fused operation can run them all for this x; else none."""
+        layers = [layer for layer in self.layers if isinstance(layer, CapsuleLayer)]
+        if not layers or len(layers) < len(self.layers) or not all(map(known, layers)):
+            return []
+        first = layers[0]
+        fits = (
+            all(layer.options == first.options for layer in layers)
             and first.weight.shape == (*x.shape[1:], *x.shape[1:])
             and torch.promote_types(first.weight.dtype, x.dtype) == x.dtype
             and first.backend != "reference"
             and first.sda_mean == "input"
         )
+        return layers if fits else []
 
-    def fused(self, x: Tensor, v: Tensor) -> Tensor:
+    def fused(self, layers: list[CapsuleLayer], x: Tensor, v: Tensor) -> Tensor:
         """The whole stack by `momentum_routing`."""
-        first = self.layers[0]
+        first = layers[0]
         return momentum_routing(
             x,
             v,
-            [layer.weight for layer in self.layers],
+            [layer.weight for layer in layers],
             gamma=self.gamma,
             anchor_every=self.spacing(x.dtype),
             block_layers=self.block_layers if self.velocity == "block" else 0,
             iterations=first.iterations,
             method=first.method,
             routing_grad=first.routing_grad,
-            biases=[] if first.bias is None else [layer.bias for layer in self.layers],
+            biases=[layer.bias for layer in layers if layer.bias is not None],
             backend=first.backend,
         )
 
