@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def observed() -> bool:
@@ -77,8 +78,11 @@ class Operation:
                 'layers are stacked memory="stored"'
             )
 
-        def direct(*args: Any) -> Any:  # create_graph=True calls backward with gradients enabled
-            return self.registered(*args) if torch.is_grad_enabled() else function(*args)
+        def direct(first: Tensor, *args: Any) -> Any:
+            if torch.is_grad_enabled():  # backward with create_graph=True: the result must not
+                # pass for a constant, even if no argument needs a gradient
+                return self.registered(first.detach().requires_grad_(), *args)
+            return function(first, *args)
 
         self.registered.register_autograd(backward)
         self.direct = direct

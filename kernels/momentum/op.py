@@ -21,7 +21,7 @@ def momentum_routing(
     weights: Sequence[Tensor],
     *,
     gamma: float = 0.9,
-    anchor_every: int = 39,
+    anchor_every: int = 20,
     block_layers: int = 0,
     iterations: int = 3,
     method: str = "rba",
@@ -40,8 +40,9 @@ def momentum_routing(
         v: velocity before the first layer, like x.
         weights: W of every layer, [J, D, J, D], all of one dtype, no wider than that of x.
         gamma: momentum, between 0 and 1, both excluded.
-        anchor_every: layers between anchors. An error in x or v grows by 1 / gamma a layer as it
-            is traced back to the anchor before.
+        anchor_every: layers between anchors. A rounding error grows by 1 / gamma a layer, and
+            more through the layers, as the state is traced back to the anchor before; see
+            `MomentumStack.spacing`.
         block_layers: v is set to zero before every so many layers, and (x, v) stored; 0 for never.
         iterations, method, routing_grad: see `routing`.
         biases: of every layer, [J, D] each, or none.
