@@ -1,9 +1,17 @@
 """Routing by agreement the way published capsule networks write it: the baselines to beat."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mocapsnet.kernels.squash.reference import squash
+from mocapsnet.layers import CapsuleLayer
+from mocapsnet.model import CapsNet
+from mocapsnet.reversible import ResidualStack
+
+Routing = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def broadcast_matmul(u: Tensor, W: Tensor, iterations: int = 3) -> Tensor:
@@ -25,3 +33,42 @@ def route(u_hat: Tensor, iterations: int) -> Tensor:
         v = squash((b.softmax(-1).unsqueeze(-1) * votes).sum(1))
         b = b + (votes * v.unsqueeze(1)).sum(-1)
     return squash((b.softmax(-1).unsqueeze(-1) * u_hat).sum(1))
+
+
+class PublishedCapsuleLayer(nn.Module):
+    """`layer` with its own weight, routed by one of the functions above."""
+
+    def __init__(self, layer: CapsuleLayer, routing: Routing):
+        super().__init__()
+        self.weight = layer.weight
+        self.iterations = layer.iterations
+        self.routing = routing
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.routing(u, self.weight, self.iterations)
+
+
+def make_eager(model: CapsNet, routing: Routing) -> None:
+    """Lets all capsule layers of a model route eagerly; parameters and results stay the same."""
+    model.primary.backend = "reference"
+    model.first = PublishedCapsuleLayer(model.first, routing)
+    model.last = PublishedCapsuleLayer(model.last, routing)
+    layers = getattr(model.stack, "layers", model.stack)
+    for n, layer in enumerate(layers):
+        layers[n] = PublishedCapsuleLayer(layer, routing)
+
+
+class CheckpointedStack(nn.Module):
+    """A residual stack that keeps the input of every block of two layers and computes it again."""
+
+    def __init__(self, stack: ResidualStack):
+        super().__init__()
+        layers = list(stack.layers)
+        self.blocks = nn.ModuleList(
+            ResidualStack(layers[n : n + 2]) for n in range(0, len(layers), 2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x

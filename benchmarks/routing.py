@@ -11,19 +11,17 @@ compared with the float64 reference on the very inputs; a failure ends the run w
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mocapsnet.kernels import routing
 
-from . import published
+from . import published, report
 
 Candidate = Callable[[Tensor, Tensor], Tensor]
 
@@ -75,36 +73,15 @@ def check(shape: tuple[int, ...]) -> None:
 
 def time_candidates(shape: tuple[int, ...], repetitions: int) -> dict[str, float]:
     """Median seconds of forward and backward."""
-    u, W, g = problem(shape)
-    seconds: dict[str, list[float]] = {name: [] for name in CANDIDATES}
-    for repetition in range(repetitions + 1):
-        for name, run in CANDIDATES.items():
-            start = time.perf_counter()
-            forward_backward(run, u, W, g)
-            if repetition > 0:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+    inputs = problem(shape)
+    runs = {name: partial(forward_backward, run, *inputs) for name, run in CANDIDATES.items()}
+    seconds = report.interleaved(runs, repetitions, torch.device("cpu"))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def peak_bytes(run: Candidate, shape: tuple[int, ...]) -> int:
-    """Peak of live tensor bytes beyond the inputs, counted by the allocator."""
-    u, W, g = problem(shape)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        forward_backward(run, u, W, g)
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """Peak of live tensor bytes beyond the inputs."""
+    return report.peak_bytes(partial(forward_backward, run, *problem(shape)), torch.device("cpu"))
 
 
 def main() -> None:
@@ -114,7 +91,7 @@ def main() -> None:
     for shape in SHAPES.values():
         check(shape)
     print(
-        f"{processor()}, {torch.get_num_threads()} threads, "
+        f"{report.processor()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, float32; "
         f"medians of {repetitions} interleaved rounds of forward and backward"
     )

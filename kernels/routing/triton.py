@@ -55,14 +55,14 @@ def plan(B: int, N: int, J: int, D: int, itemsize: int) -> Plan:
     return Plan(False, block_b, triton.cdiv(N, slices), num_warps)
 
 
-def registers(num_warps: int, sda: bool) -> dict[str, int]:
+def registers(num_warps: int, sda: bool, full: bool) -> dict[str, int]:
     """Launch option of streamed kernels on NVIDIA GPUs: how many registers a thread may take.
 
     Unasked, ptxas fits in one more program where it can, and spills one to four registers for it.
     """
     if torch.version.hip or not (sda or num_warps > 1):
         return {}
-    return {"maxnreg": 255 if sda else 128}
+    return {"maxnreg": 255 if sda or full else 128}
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ def forward(
             num_warps=p.num_warps,
             **routing,
             **sizes,
-            **registers(p.num_warps, sda),
+            **registers(p.num_warps, sda, full=False),
         )
         launch(
             output_kernel,
@@ -201,7 +201,7 @@ def backward(
                 num_warps=p.num_warps,
                 **routing,
                 **sizes,
-                **registers(p.num_warps, sda),
+                **registers(p.num_warps, sda, full),
             )
         weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, is_kept)
     return du, dW, x[: R if full else 1].sum((0, 1)) if with_bias else s.new_empty(0)
@@ -259,5 +259,5 @@ def output_gradients(
             BLOCK_B=p.block_b,
             num_warps=p.num_warps,
             **sizes,
-            **registers(p.num_warps, sda),
+            **registers(p.num_warps, sda, full),
         )

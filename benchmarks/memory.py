@@ -1,0 +1,226 @@
+"""What does a block cost in memory?
+
+    python -m benchmarks.memory             # prints a table, draws a picture
+
+Table 4 and Figure 4a of the paper: one training step on MNIST shapes (forward, loss, backward,
+Adam), peak of live tensor bytes including images, parameters, gradients and Adam's state, against
+the number of residual blocks of two capsule layers. The paper measured 4462 MB for ResCapsNet with
+one block and about 190 MB more per block, for MoCapsNet 4320 MB and 4 MB.
+
+"published" routes eagerly with a broadcast matrix product, which copies the weights once per
+sample; "einsum" without the copy; "checkpoint" computes every block again in backward. Published
+MoCapsNet is reversible. The table gives a block's cost also in units of four times the bytes of its
+parameters: parameters, gradients and Adam's two moments, which nobody can do without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mocapsnet import CapsNet, CapsuleLoss, build_model
+from mocapsnet.model import CapsNetConfig
+
+from . import published, report
+
+IMAGE, CLASSES = (1, 28, 28), 10
+SLOPE_TARGET, TOTAL_TARGET = 1.1, 0.2
+
+
+class Candidate(NamedTuple):
+    """A model and how it routes and stores."""
+
+    model: str
+    routing: published.Routing | None
+    """Eager routing; None for the fused one."""
+    memory: str
+    """"stored", "checkpoint" (residual stacks) or "reversible" (momentum stacks)."""
+
+    def build(self, blocks: int, channels: int = 256, backend: str | None = None) -> CapsNet:
+        """The same weights for all candidates of one model."""
+        torch.manual_seed(0)
+        memory = "reversible" if self.memory == "reversible" else "stored"
+        config = CapsNetConfig(
+            IMAGE, CLASSES, blocks, channels=channels, memory=memory, routing_backend=backend
+        )
+        model = build_model(self.model, config)
+        if self.routing is not None:
+            published.make_eager(model, self.routing)
+        if self.memory == "checkpoint":
+            model.stack = published.CheckpointedStack(model.stack)
+        return model
+
+
+PUBLISHED, EINSUM = published.broadcast_matmul, published.einsum
+CANDIDATES = {
+    "CapsNet, published": Candidate("capsnet", PUBLISHED, "stored"),
+    "ResCapsNet, published": Candidate("rescapsnet", PUBLISHED, "stored"),
+    "MoCapsNet, published": Candidate("mocapsnet", PUBLISHED, "reversible"),
+    "ResCapsNet, einsum": Candidate("rescapsnet", EINSUM, "stored"),
+    "ResCapsNet, einsum, checkpoint": Candidate("rescapsnet", EINSUM, "checkpoint"),
+    "ResCapsNet, fused": Candidate("rescapsnet", None, "stored"),
+    "MoCapsNet, fused, stored": Candidate("mocapsnet", None, "stored"),
+    "MoCapsNet, fused, reversible": Candidate("mocapsnet", None, "reversible"),
+}
+STYLES = {  # colour: routing; line: model or memory
+    "CapsNet, published": {"color": "C3", "linestyle": ":"},
+    "ResCapsNet, published": {"color": "C3", "linestyle": "--"},
+    "MoCapsNet, published": {"color": "C3"},
+    "ResCapsNet, einsum": {"color": "C1", "linestyle": "--"},
+    "ResCapsNet, einsum, checkpoint": {"color": "C1", "linestyle": "-."},
+    "ResCapsNet, fused": {"color": "C0", "linestyle": "--"},
+    "MoCapsNet, fused, stored": {"color": "C0", "linestyle": "-."},
+    "MoCapsNet, fused, reversible": {"color": "C0"},
+}
+
+
+def batch_of(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised images, their pixels in [0, 1], and labels."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(size, *IMAGE, generator=generator)
+    labels = torch.randint(CLASSES, (size,), generator=generator)
+    return ((pixels - 0.5) * 12**0.5).to(device), pixels.to(device), labels.to(device)
+
+
+def training_step(
+    model: CapsNet, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor, Tensor]
+) -> Callable[[], None]:
+    images, pixels, labels = batch
+    criterion = CapsuleLoss()
+
+    def step() -> None:
+        criterion(model(images, labels), pixels, labels).total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def step_bytes(candidate: Candidate, blocks: int, args: argparse.Namespace) -> int:
+    """Peak of one training step, after a first on two images that makes Adam's state."""
+    model = candidate.build(blocks, args.channels).to(args.device)
+    optimizer = torch.optim.Adam(model.parameters())
+    batch = batch_of(args.batch, args.device)
+    training_step(model, optimizer, tuple(t[:2] for t in batch))()  # type: ignore[arg-type]
+    state = [t for values in optimizer.state.values() for t in values.values()]
+    gc.collect()
+    beyond = report.peak_bytes(training_step(model, optimizer, batch), args.device)
+    return size_of([*model.parameters(), *state, *batch]) + beyond
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def unit(args: argparse.Namespace) -> int:
+    """Bytes of a block's parameters, gradients and Adam moments."""
+    block = CANDIDATES["MoCapsNet, fused, reversible"].build(1, args.channels).stack
+    return 4 * size_of(block.parameters())
+
+
+def summarize(rows: list[report.Row], unit: int) -> list[report.Row]:
+    """Per candidate: slope over the blocks, and the total with the fewest blocks."""
+    series = by_candidate(rows)
+    baseline = series["ResCapsNet, published"][1][0]
+    summary = []
+    for name, (blocks, values) in series.items():
+        slope = report.slope(blocks, values)
+        summary.append(
+            {
+                "candidate": name,
+                "bytes_per_block": slope,
+                "slope_over_state": slope / unit,
+                "blocks": blocks[0],
+                "peak_bytes": values[0],
+                "times_published": values[0] / baseline,
+            }
+        )
+    return summary
+
+
+def by_candidate(rows: list[report.Row]) -> dict[str, tuple[list[int], list[int]]]:
+    """Blocks and bytes of each candidate."""
+    names = dict.fromkeys(row["candidate"] for row in rows)
+    chosen = {name: [row for row in rows if row["candidate"] == name] for name in names}
+    return {
+        name: ([row["blocks"] for row in some], [row["peak_bytes"] for row in some])
+        for name, some in chosen.items()
+    }
+
+
+def describe(rows: list[report.Row], summary: list[report.Row], batch: int) -> str:
+    """Markdown: the table and how the targets are met."""
+    series = by_candidate(rows)
+    blocks = summary[0]["blocks"]
+    counts = [f"MB, {n}" for n in series[summary[0]["candidate"]][0]]
+    header = ["candidate", *counts, "MB per block", "over its state", f"{blocks} block: times"]
+    lines = [
+        [
+            row["candidate"],
+            *(f"{value / 1e6:.1f}" for value in series[row["candidate"]][1]),
+            f"{row['bytes_per_block'] / 1e6:.2f}",
+            f"{row['slope_over_state']:.2f}",
+            f"{row['times_published']:.3f}",
+        ]
+        for row in summary
+    ]
+    best = next(row for row in summary if row["candidate"] == "MoCapsNet, fused, reversible")
+    return "\n\n".join(
+        [
+            f"Peak of live tensors in one training step, batch {batch}, against blocks. Over its "
+            "state: the slope over four times a block's parameters. Times: over published "
+            "ResCapsNet.",
+            report.table(header, lines),
+            f"Reversible fused MoCapsNet: a block costs {best['slope_over_state']:.2f} times its "
+            f"state (target at most {SLOPE_TARGET}); a step with {blocks} block takes "
+            f"{best['times_published']:.3f} of published ResCapsNet's (target at most "
+            f"{TOTAL_TARGET}).",
+        ]
+    )
+
+
+def draw(rows: list[report.Row]) -> Figure:
+    """Totals, and what is added to the smallest network."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    totals, growth = figure.subplots(1, 2)
+    series = by_candidate(rows)
+    megabytes = {name: (x, [value / 1e6 for value in y]) for name, (x, y) in series.items()}
+    added = {name: (x[1:], [v - y[0] for v in y[1:]]) for name, (x, y) in megabytes.items()}
+    report.lines(totals, megabytes, STYLES)
+    totals.set(title="one training step", ylabel="peak of live tensors, MB")
+    report.lines(growth, added, STYLES)
+    first = rows[0]["blocks"]
+    growth.set(title=f"beyond {first} block", ylabel="MB more")
+    handles, labels = totals.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    return figure
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser(__doc__, "memory")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8], help="blocks")
+    parser.add_argument("--batch", type=int, default=128, help="images")
+    parser.add_argument("--channels", type=int, default=256, help="of both convolutions")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    rows: list[report.Row] = []
+    for name, candidate in CANDIDATES.items():
+        for blocks in sorted(args.blocks):
+            peak = step_bytes(candidate, blocks, args)
+            rows.append({"candidate": name, "blocks": blocks, "peak_bytes": peak})
+    summary = summarize(rows, unit(args))
+    folder = report.write(args, "memory", rows, summary, describe(rows, summary, args.batch))
+    draw(rows).savefig(folder / "memory.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
