@@ -24,8 +24,8 @@ help: ## show this list
 train: $(VENV)/.installed-train ## train on the embedded handwritten digits
 	$(BIN)/mocapsnet train $(ARGS)
 
-test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev ## run the tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev ## run the kernels' tests natively on an NVIDIA GPU
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \

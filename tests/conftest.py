@@ -3,6 +3,10 @@
 import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers' threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

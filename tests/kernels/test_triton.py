@@ -305,6 +305,26 @@ def test_mixed_dtypes(form, device):
     torch.testing.assert_close(got, routing(low.float(), W, backend="triton"), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("precision, dots", [("highest", "ieee"), ("high", "tf32")])
+def test_dots_follow_the_matmul_precision(precision, dots, form, device):
+    """tf32 rounds to 11 bits; float64 is never rounded."""
+    before = torch.get_float32_matmul_precision()
+    u, W, g = tensors(device, torch.float64, (3, 6, 3), (6, 3, 5, 3), (3, 5, 3))
+    want = run(route, [u, W], g, backend="reference")
+    try:
+        torch.set_float32_matmul_precision(precision)
+        for dtype, expected in ((torch.float32, dots), (torch.float64, "ieee")):
+            inputs = [u.to(dtype), W.to(dtype)]
+            with launch.recording() as launches:
+                run(route, inputs, g, backend="triton")
+            used = {x.options["PRECISION"] for x in launches if "PRECISION" in x.options}
+            assert used == {expected}
+            for x, y in zip(run(route, inputs, g, backend="triton"), want, strict=True):
+                torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=2e-3)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_form_follows_from_shapes():
     def plan(*sizes):
         return routing_kernels.plan(128, *sizes, 4)
