@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mocapsnet.kernels.launch import Launch
+from mocapsnet.kernels.launch import Launch, amd_options
 
 
 class Multiprocessor(NamedTuple):
@@ -110,9 +110,7 @@ class Compiled(NamedTuple):
 
 def compiled(launch: Launch, architecture: str) -> Compiled:
     """Compiles the kernel of a launch; `compile_for` the architecture comes first."""
-    options = dict(launch.options)
-    if architecture in AMD:
-        options.pop("maxnreg", None)  # as the launchers do on AMD
+    options = amd_options(launch.options) if architecture in AMD else launch.options
     binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
     shared, warps = binary.metadata.shared, options["num_warps"]
     if architecture in AMD:

@@ -71,11 +71,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Fused multiply-adds are asked for: Triton 3.10 no longer makes them unasked.
     """
     options["enable_fp_fusion"] = True
+    if torch.version.hip:
+        options = amd_options(options)
     recorded = _recorded.get()
     if recorded is None:
         kernel[grid](*args, **options)
     else:
         recorded.append(Launch(kernel, grid, args, options))
+
+
+def amd_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Launch options without what Triton knows for NVIDIA GPUs alone."""
+    return {name: value for name, value in options.items() if name != "maxnreg"}
 
 
 @contextmanager

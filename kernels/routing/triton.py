@@ -56,11 +56,11 @@ def plan(B: int, N: int, J: int, D: int, itemsize: int) -> Plan:
 
 
 def registers(num_warps: int, sda: bool, full: bool) -> dict[str, int]:
-    """Launch option of streamed kernels on NVIDIA GPUs: how many registers a thread may take.
+    """Launch option of streamed kernels: how many registers a thread may take.
 
     Unasked, ptxas fits in one more program where it can, and spills one to four registers for it.
     """
-    if torch.version.hip or not (sda or num_warps > 1):
+    if not (sda or num_warps > 1):
         return {}
     return {"maxnreg": 255 if sda or full else 128}
 
