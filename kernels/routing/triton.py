@@ -62,7 +62,7 @@ def registers(num_warps: int, sda: bool, full: bool) -> dict[str, int]:
     """
     if not (sda or num_warps > 1):
         return {}
-    return {"maxnreg": 255 if sda or full else 128}
+    return {"maxnreg": 255 if sda or full else 168}
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def compile_and_check(architecture, dtype, only):
         kept = case.endswith("rba final") and (dtype != "float64" or "layer 2" in case)  # <= 32 MB
         du = "kept_backward_kernel" if kept else "streamed_backward_kernel"
         assert kernels == (ON_CHIP if on_chip else STREAMED | {du})
-    if dtype == "float32":
+    if dtype == "float32" and architecture != "gfx942":
         for row in rows:  # ds and states [J, D] are too few for more than 64 bits a thread
             assert row["wide_loads"] or row["kernel"] == "output_gradient_kernel", row
 
