@@ -53,15 +53,18 @@ def momentum_routing(
     """
     checks.routing_options(iterations, method, routing_grad, "input")
     checks.tensor("x", x, "B J D")
+    checks.tensor("v", v, "B J D")
     if not weights:
         raise ValueError("weights must hold at least one layer's W")
-    if x.dtype not in (torch.float32, torch.float64) or v.dtype != x.dtype or v.shape != x.shape:
+    alike = (v.dtype, v.shape, v.device) == (x.dtype, x.shape, x.device)
+    if x.dtype not in (torch.float32, torch.float64) or not alike:
         raise ValueError(
-            f"x and v must be alike, float32 or float64; got x {x.dtype} {list(x.shape)} and "
-            f"v {v.dtype} {list(v.shape)}"
+            f"x and v must be alike, float32 or float64; got x {x.dtype} {list(x.shape)} on "
+            f"{x.device} and v {v.dtype} {list(v.shape)} on {v.device}"
         )
     shape = (*x.shape[1:], *x.shape[1:])
     for W in weights:
+        checks.tensor("every W", W, "J D J D")
         if W.shape != shape or W.device != x.device or W.dtype != weights[0].dtype:
             raise ValueError(
                 f"every W must be [J, D, J, D] = {list(shape)} on {x.device}, all of one dtype; "

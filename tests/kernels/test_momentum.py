@@ -19,6 +19,7 @@ B, J, D = 3, 5, 3
 def poison():
     """Fresh memory is NaN, so an element that nothing writes is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -92,6 +93,15 @@ def test_iterations(iterations, backend, device):
     want = run(plain, x, v, g, weights, [], **options)
     for a, b in zip(run(momentum_routing, x, v, g, weights, [], **options), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_empty_batch(backend, device, monkeypatch):
+    if backend == "triton":  # nothing is launched on chip, so the way layer by layer is taken
+        monkeypatch.undo()
+    x, v, g, weights, biases = tensors(device, 2, shape=(0, J, D))
+    out, dx, dv, *rest = run(momentum_routing, x, v, g, weights, biases, backend=backend)
+    assert out.shape == dx.shape == dv.shape == (0, J, D)
+    assert all(not gradient.any() for gradient in rest)
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -175,6 +185,9 @@ def test_bad_arguments_are_named():
     for message, call in {
         "at least one layer": lambda: momentum_routing(x, v, []),
         "x and v must be alike": lambda: momentum_routing(x, v[:1], weights),
+        "on cpu and v .* on meta": lambda: momentum_routing(x, v.to("meta"), weights),
+        "v must be a torch.Tensor": lambda: momentum_routing(x, None, weights),
+        "every W must be a torch.Tensor": lambda: momentum_routing(x, v, ["W"]),
         r"every W must be \[J, D, J, D\]": lambda: momentum_routing(x, v, [weights[0][:2]]),
         "at least as wide": lambda: momentum_routing(x.float(), v.float(), weights),
         "biases must be none, or one": lambda: momentum_routing(x, v, weights, biases=biases[:1]),
