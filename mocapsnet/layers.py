@@ -131,6 +131,11 @@ def squashed(length: float) -> float:
     return length**2 / (1 + length**2)
 
 
+def unsquashed(length: float) -> float:
+    """Length, of a vector, that squash makes this one, below 1."""
+    return math.sqrt(length / (1 - length))
+
+
 def weight_std(
     shape: tuple[int, int, int, int], in_length: float, sum_length: float, iterations: int
 ) -> float:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import CapsuleLayer, PrimaryCapsules, squashed
+from .layers import CapsuleLayer, PrimaryCapsules, squashed, unsquashed
 from .reversible import MomentumStack, ResidualStack
 
 HIDDEN_SUM_LENGTH = 0.5
@@ -141,6 +141,14 @@ class CapsNet(nn.Module):
     (`stack_lengths`), and `CapsuleLayer` draws its weights for that length. `init="paper"` leaves
     the convolutions at PyTorch's default and draws all transformation matrices from N(0, 0.01^2).
 
+    Residual layers start the more modestly the more they are (`branch_length`): all outputs of the
+    stack, laid end to end, are at most as long as what enters it, so that even if training turns
+    all one way they only double it. Otherwise the stream's length, the class capsules', and what a
+    step of the optimiser changes all grow with the depth. Measured with 20 momentum blocks, 64
+    channels, one seed, as accuracy on 2,000 MNIST test images after 81 steps of 128 images: outputs
+    as long as those of other hidden layers 82.3 %, their root of the sum of squares kept 88.0 %,
+    their sum kept, as here, 91.5 %. With 256 channels the first did not learn at all.
+
     Under autocast only the convolutions run in the lower precision.
 
     Args:
@@ -172,13 +180,16 @@ class CapsNet(nn.Module):
                 else:
                     nn.init.zeros_(w)
 
-        lengths = self.stack_lengths(squashed(HIDDEN_SUM_LENGTH), 2 * c.blocks)
+        branch = self.branch_length(squashed(HIDDEN_SUM_LENGTH), 2 * c.blocks)
+        lengths = self.stack_lengths(squashed(HIDDEN_SUM_LENGTH), branch, 2 * c.blocks)
         self.first = self.capsule_layer(
             c.primary_capsules, c.capsules, c.capsule_dim, squashed(math.sqrt(c.capsule_dim))
         )
         self.stack = self.make_stack(
             [
-                self.capsule_layer(c.capsules, c.capsules, c.capsule_dim, length)
+                self.capsule_layer(
+                    c.capsules, c.capsules, c.capsule_dim, length, unsquashed(branch)
+                )
                 for length in lengths[:-1]
             ]
         )
@@ -214,13 +225,30 @@ class CapsNet(nn.Module):
     def make_stack(self, layers: list[CapsuleLayer]) -> nn.Module:
         return nn.Sequential(*layers)
 
-    def stack_lengths(self, hidden: float, layers: int) -> list[float]:
+    def stream_weights(self, n: int) -> list[float]:
+        """Weights of the outputs of the stack's first n layers in what enters the next.
+
+        A plain stack adds nothing up: an empty list.
+        """
+        return []
+
+    def branch_length(self, hidden: float, layers: int) -> float:
+        """Length of every output of the stack: all of them laid end to end make `hidden` at most.
+
+        `hidden` is the length of other hidden layers' outputs, and the longest of these.
+        """
+        return hidden / max(1.0, sum(self.stream_weights(layers)))
+
+    def stack_lengths(self, hidden: float, branch: float, layers: int) -> list[float]:
         """Root mean square length of the capsules that enter each layer of the stack, and leave it.
 
-        `hidden` is the length that every hidden capsule layer puts out; the sum of independent
-        outputs has the sum of their squares.
+        `hidden` is the length of what enters the stack, `branch` that of its layers' outputs; the
+        sum of independent outputs has the sum of their squares.
         """
-        return [hidden] * (layers + 1)
+        return [
+            math.sqrt(hidden**2 + sum((w * branch) ** 2 for w in self.stream_weights(n)))
+            for n in range(layers + 1)
+        ]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
         if images.shape[1:] != self.config.image_shape:
@@ -249,8 +277,8 @@ class ResCapsNet(CapsNet):
     def make_stack(self, layers: list[CapsuleLayer]) -> nn.Module:
         return ResidualStack(layers)
 
-    def stack_lengths(self, hidden: float, layers: int) -> list[float]:
-        return [hidden * math.sqrt(1 + n) for n in range(layers + 1)]
+    def stream_weights(self, n: int) -> list[float]:
+        return [1.0] * n
 
 
 class MoCapsNet(CapsNet):
@@ -269,18 +297,14 @@ class MoCapsNet(CapsNet):
             anchor_every=c.anchor_every,
         )
 
-    def stack_lengths(self, hidden: float, layers: int) -> list[float]:
+    def stream_weights(self, n: int) -> list[float]:
         """A layer's output reaches x with weight 1 - gamma^k, k steps later.
 
         With velocity "block" the weight stops growing at the end of its block of two layers.
         """
         gamma, block = self.config.gamma, self.config.velocity == "block"
-        lengths = []
-        for n in range(layers + 1):
-            ends = [min(n, m - m % 2 + 2) if block else n for m in range(n)]
-            weights = [1 - gamma ** (end - m) for m, end in enumerate(ends)]
-            lengths.append(hidden * math.sqrt(1 + sum(w * w for w in weights)))
-        return lengths
+        ends = [min(n, m - m % 2 + 2) if block else n for m in range(n)]
+        return [1 - gamma ** (end - m) for m, end in enumerate(ends)]
 
 
 MODELS = {"capsnet": CapsNet, "rescapsnet": ResCapsNet, "mocapsnet": MoCapsNet}

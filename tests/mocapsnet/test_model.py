@@ -170,6 +170,34 @@ def test_lengths_at_the_start(smooth):
     assert 0.05 < lengths["last"] < 0.25
 
 
+@pytest.mark.parametrize("blocks", [1, 4, 20])
+@pytest.mark.parametrize(
+    "network, options",
+    [(ResCapsNet, {}), (MoCapsNet, {}), (MoCapsNet, {"velocity": "block"})],
+)
+def test_a_deep_stack_starts_by_keeping_its_input(network, options, blocks):
+    """Its outputs, with their weights in the last x, are together no longer than what enters it."""
+    torch.manual_seed(0)
+    model = network((1, 28, 28), 10, blocks=blocks, channels=64, **options)
+    outputs, ends = [], {}
+    for layer in model.stack.layers:
+        layer.register_forward_hook(lambda m, args, out: outputs.append(out.detach()))
+    model.stack.register_forward_hook(lambda m, args, out: ends.update(x=args[0], y=out))
+    model.stack.memory = "stored"  # the reversible one runs all layers in one operation
+    with torch.no_grad():
+        model(torch.randn(16, 1, 28, 28))
+    entering, leaving = rms_length(ends["x"]), rms_length(ends["y"])
+    weights = model.stream_weights(2 * blocks)
+    total = sum(w * out for w, out in zip(weights, outputs, strict=True))
+    torch.testing.assert_close(ends["x"] + total, ends["y"])
+    # couplings that are not quite equal lengthen sums: a factor of two is allowed, as above
+    end_to_end = sum(w * rms_length(out) for w, out in zip(weights, outputs, strict=True))
+    assert 0.2 * entering < end_to_end < 2 * entering
+    assert entering < leaving < 2 * entering
+    if network is MoCapsNet and blocks == 1:  # no need to be modest: outputs are of full length
+        assert model.branch_length(0.2, 2) == 0.2
+
+
 def test_paper_initialisation():
     torch.manual_seed(0)
     model = MoCapsNet((1, 28, 28), 10, init="paper")
