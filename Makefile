@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-gpu test-compiled lint format format-check typecheck build clean distclean
+.PHONY: help train test test-gpu test-compiled benchmarks gpu-report guard lint format format-check typecheck build clean distclean
 
 help: ## show this list
 	@echo "MoCapsNet: momentum capsule networks with fused routing"
@@ -35,6 +35,15 @@ test-gpu: $(VENV)/.installed-dev ## run the kernels' tests natively on an NVIDIA
 test-compiled: $(VENV)/.installed-dev ## compile every kernel for every GPU generation; needs no GPU
 	$(BIN)/python -m pytest tests/kernels/test_compiled.py -m whole_matrix -s $(ARGS)
 
+benchmarks: $(VENV)/.installed-train ## run all benchmarks; nothing else should run meanwhile
+	$(BIN)/mocapsnet benchmark suite $(ARGS)
+
+guard: $(VENV)/.installed-train ## check in a minute that the library is still faster than eager code
+	$(BIN)/mocapsnet benchmark guard $(ARGS)
+
+gpu-report: $(VENV)/.installed-dev ## test and measure an NVIDIA GPU; DRY_RUN=1 tries it without one
+	$(BIN)/mocapsnet benchmark gpu-report $(if $(DRY_RUN),--dry-run) $(ARGS)
+
 lint: $(VENV)/.installed-dev ## check the code with ruff
 	$(BIN)/ruff check .
 
@@ -50,10 +59,11 @@ format-check: $(VENV)/.installed-dev ## report code that `make format` would cha
 TYPED := build/typecheck
 typecheck: $(VENV)/.installed-dev ## check types with mypy
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/mocapsnet
-	@ln -s "$(CURDIR)"/mocapsnet/* "$(CURDIR)/kernels" "$(CURDIR)/train" $(TYPED)/mocapsnet
+	@ln -s "$(CURDIR)"/mocapsnet/* $(addprefix "$(CURDIR)"/,kernels train benchmarks) \
+		$(TYPED)/mocapsnet
 	@cd $(TYPED) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" -p mocapsnet > output; status=$$?; \
-		sed -E 's#^mocapsnet/(kernels|train)/#\1/#' output; exit $$status
+		sed -E 's#^mocapsnet/(kernels|train|benchmarks)/#\1/#' output; exit $$status
 
 build: $(VENV)/.installed-dev ## build the source distribution and the wheel into dist/
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""Maps the repository's three folders onto the import package `mocapsnet`.
+"""Maps the repository's four folders onto the import package `mocapsnet`.
 
 Everything else about the distribution stands in pyproject.toml.
 """
@@ -9,6 +9,7 @@ FOLDERS = {
     "mocapsnet": "mocapsnet",
     "mocapsnet.kernels": "kernels",
     "mocapsnet.train": "train",
+    "mocapsnet.benchmarks": "benchmarks",
 }
 
 setup(

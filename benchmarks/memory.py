@@ -1,7 +1,5 @@
 """What does a block cost in memory?
 
-    python -m benchmarks.memory             # prints a table, draws a picture
-
 Table 4 and Figure 4a of the paper: one training step on MNIST shapes (forward, loss, backward,
 Adam), peak of live tensor bytes including images, parameters, gradients and Adam's state, against
 the number of residual blocks of two capsule layers. The paper measured 4462 MB for ResCapsNet with
@@ -17,100 +15,27 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mocapsnet import CapsNet, CapsuleLoss, build_model
-from mocapsnet.model import CapsNetConfig
+from . import measure, report
+from .candidates import CANDIDATES, STYLES, Candidate, batch_of, training_step
 
-from . import published, report
-
-IMAGE, CLASSES = (1, 28, 28), 10
 SLOPE_TARGET, TOTAL_TARGET = 1.1, 0.2
-
-
-class Candidate(NamedTuple):
-    """A model and how it routes and stores."""
-
-    model: str
-    routing: published.Routing | None
-    """Eager routing; None for the fused one."""
-    memory: str
-    """"stored", "checkpoint" (residual stacks) or "reversible" (momentum stacks)."""
-
-    def build(self, blocks: int, channels: int = 256, backend: str | None = None) -> CapsNet:
-        """The same weights for all candidates of one model."""
-        torch.manual_seed(0)
-        memory = "reversible" if self.memory == "reversible" else "stored"
-        config = CapsNetConfig(
-            IMAGE, CLASSES, blocks, channels=channels, memory=memory, routing_backend=backend
-        )
-        model = build_model(self.model, config)
-        if self.routing is not None:
-            published.make_eager(model, self.routing)
-        if self.memory == "checkpoint":
-            model.stack = published.CheckpointedStack(model.stack)
-        return model
-
-
-PUBLISHED, EINSUM = published.broadcast_matmul, published.einsum
-CANDIDATES = {
-    "CapsNet, published": Candidate("capsnet", PUBLISHED, "stored"),
-    "ResCapsNet, published": Candidate("rescapsnet", PUBLISHED, "stored"),
-    "MoCapsNet, published": Candidate("mocapsnet", PUBLISHED, "reversible"),
-    "ResCapsNet, einsum": Candidate("rescapsnet", EINSUM, "stored"),
-    "ResCapsNet, einsum, checkpoint": Candidate("rescapsnet", EINSUM, "checkpoint"),
-    "ResCapsNet, fused": Candidate("rescapsnet", None, "stored"),
-    "MoCapsNet, fused, stored": Candidate("mocapsnet", None, "stored"),
-    "MoCapsNet, fused, reversible": Candidate("mocapsnet", None, "reversible"),
-}
-STYLES = {  # colour: routing; line: model or memory
-    "CapsNet, published": {"color": "C3", "linestyle": ":"},
-    "ResCapsNet, published": {"color": "C3", "linestyle": "--"},
-    "MoCapsNet, published": {"color": "C3"},
-    "ResCapsNet, einsum": {"color": "C1", "linestyle": "--"},
-    "ResCapsNet, einsum, checkpoint": {"color": "C1", "linestyle": "-."},
-    "ResCapsNet, fused": {"color": "C0", "linestyle": "--"},
-    "MoCapsNet, fused, stored": {"color": "C0", "linestyle": "-."},
-    "MoCapsNet, fused, reversible": {"color": "C0"},
-}
-
-
-def batch_of(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised images, their pixels in [0, 1], and labels."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(size, *IMAGE, generator=generator)
-    labels = torch.randint(CLASSES, (size,), generator=generator)
-    return ((pixels - 0.5) * 12**0.5).to(device), pixels.to(device), labels.to(device)
-
-
-def training_step(
-    model: CapsNet, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor, Tensor]
-) -> Callable[[], None]:
-    images, pixels, labels = batch
-    criterion = CapsuleLoss()
-
-    def step() -> None:
-        criterion(model(images, labels), pixels, labels).total.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def step_bytes(candidate: Candidate, blocks: int, args: argparse.Namespace) -> int:
     """Peak of one training step, after a first on two images that makes Adam's state."""
     model = candidate.build(blocks, args.channels).to(args.device)
     optimizer = torch.optim.Adam(model.parameters())
-    batch = batch_of(args.batch, args.device)
-    training_step(model, optimizer, tuple(t[:2] for t in batch))()  # type: ignore[arg-type]
+    images, pixels, labels = batch = batch_of(args.batch, args.device)
+    training_step(model, optimizer, (images[:2], pixels[:2], labels[:2]))()
     state = [t for values in optimizer.state.values() for t in values.values()]
     gc.collect()
-    beyond = report.peak_bytes(training_step(model, optimizer, batch), args.device)
+    beyond = measure.peak_bytes(training_step(model, optimizer, batch), args.device)
     return size_of([*model.parameters(), *state, *batch]) + beyond
 
 
@@ -126,11 +51,11 @@ def unit(args: argparse.Namespace) -> int:
 
 def summarize(rows: list[report.Row], unit: int) -> list[report.Row]:
     """Per candidate: slope over the blocks, and the total with the fewest blocks."""
-    series = by_candidate(rows)
+    series = report.series(rows, "blocks", "peak_bytes")
     baseline = series["ResCapsNet, published"][1][0]
     summary = []
     for name, (blocks, values) in series.items():
-        slope = report.slope(blocks, values)
+        slope = measure.slope(blocks, values)
         summary.append(
             {
                 "candidate": name,
@@ -144,19 +69,9 @@ def summarize(rows: list[report.Row], unit: int) -> list[report.Row]:
     return summary
 
 
-def by_candidate(rows: list[report.Row]) -> dict[str, tuple[list[int], list[int]]]:
-    """Blocks and bytes of each candidate."""
-    names = dict.fromkeys(row["candidate"] for row in rows)
-    chosen = {name: [row for row in rows if row["candidate"] == name] for name in names}
-    return {
-        name: ([row["blocks"] for row in some], [row["peak_bytes"] for row in some])
-        for name, some in chosen.items()
-    }
-
-
 def describe(rows: list[report.Row], summary: list[report.Row], batch: int) -> str:
     """Markdown: the table and how the targets are met."""
-    series = by_candidate(rows)
+    series = report.series(rows, "blocks", "peak_bytes")
     blocks = summary[0]["blocks"]
     counts = [f"MB, {n}" for n in series[summary[0]["candidate"]][0]]
     header = ["candidate", *counts, "MB per block", "over its state", f"{blocks} block: times"]
@@ -189,7 +104,7 @@ def draw(rows: list[report.Row]) -> Figure:
     """Totals, and what is added to the smallest network."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     totals, growth = figure.subplots(1, 2)
-    series = by_candidate(rows)
+    series = report.series(rows, "blocks", "peak_bytes")
     megabytes = {name: (x, [value / 1e6 for value in y]) for name, (x, y) in series.items()}
     added = {name: (x[1:], [v - y[0] for v in y[1:]]) for name, (x, y) in megabytes.items()}
     report.lines(totals, megabytes, STYLES)
@@ -218,9 +133,5 @@ def main(argv: Sequence[str] | None = None) -> None:
             peak = step_bytes(candidate, blocks, args)
             rows.append({"candidate": name, "blocks": blocks, "peak_bytes": peak})
     summary = summarize(rows, unit(args))
-    folder = report.write(args, "memory", rows, summary, describe(rows, summary, args.batch))
-    draw(rows).savefig(folder / "memory.png", dpi=150)
-
-
-if __name__ == "__main__":
-    main()
+    text = describe(rows, summary, args.batch)
+    report.write(args, "memory", rows, summary, text, {"memory": draw(rows)})

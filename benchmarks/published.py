@@ -1,6 +1,7 @@
 """Routing by agreement the way published capsule networks write it: the baselines to beat."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +52,9 @@ class PublishedCapsuleLayer(nn.Module):
 def make_eager(model: CapsNet, routing: Routing) -> None:
     """Lets all capsule layers of a model route eagerly; parameters and results stay the same."""
     model.primary.backend = "reference"
-    model.first = PublishedCapsuleLayer(model.first, routing)
-    model.last = PublishedCapsuleLayer(model.last, routing)
-    layers = getattr(model.stack, "layers", model.stack)
+    layers: Any = getattr(model.stack, "layers", model.stack)
+    for name in ("first", "last"):
+        setattr(model, name, PublishedCapsuleLayer(getattr(model, name), routing))
     for n, layer in enumerate(layers):
         layers[n] = PublishedCapsuleLayer(layer, routing)
 

@@ -1,7 +1,5 @@
 """How exact is the reversal?
 
-    python -m benchmarks.reversal           # prints a table, draws a picture
-
 Undoing a momentum layer divides by gamma, so a rounding error grows by 1 / gamma per layer traced
 back; anchors, a stored (x, v) every so many layers, start anew. For stacks of block layers (32
 capsules of 8 components, as `MoCapsNet` makes them) of up to 1000 layers, three relative errors,
@@ -20,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -27,10 +26,11 @@ from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from mocapsnet import MoCapsNet, MomentumStack
-from mocapsnet.layers import CapsuleLayer, squashed
+from mocapsnet.layers import CapsuleLayer, squashed, unsquashed
 from mocapsnet.model import HIDDEN_SUM_LENGTH
 
 from . import report
+from .measure import relative_error
 
 DEPTHS = (2, 5, 10, 20, 40, 100, 200, 400, 1000)
 GAMMAS = (0.5, 0.7, 0.9, 0.95, 0.99)
@@ -41,16 +41,19 @@ ERRORS = {
     "input_gradient_error": "gradient of the input",
     "weight_gradient_error": "gradient of the weights, worst layer",
 }
-KINDS = {"stored": ":", "anchors": "-", "no anchors": "--"}
+KINDS: dict[str, Any] = {"stored": ":", "anchors": "-", "no anchors": "--"}
 
 
 def make_layers(gamma: float, depth: int) -> list[CapsuleLayer]:
-    """The layers of a stack, drawn as `MoCapsNet` draws them; the first few make a shorter one."""
+    """The layers of a stack of this depth, drawn as `MoCapsNet` draws them."""
     torch.manual_seed(0)
     model = MoCapsNet((1, 5, 5), 10, blocks=0, gamma=gamma, channels=8, kernel_size=2, decoder=())
-    lengths = model.stack_lengths(squashed(HIDDEN_SUM_LENGTH), depth)
-    c = model.config
-    return [model.capsule_layer(c.capsules, c.capsules, c.capsule_dim, n) for n in lengths[:-1]]
+    hidden, c = squashed(HIDDEN_SUM_LENGTH), model.config
+    branch = model.branch_length(hidden, depth)
+    return [
+        model.capsule_layer(c.capsules, c.capsules, c.capsule_dim, length, unsquashed(branch))
+        for length in model.stack_lengths(hidden, branch, depth)[:-1]
+    ]
 
 
 def problem(batch: int) -> tuple[Tensor, Tensor]:
@@ -85,14 +88,8 @@ def reconstruct(
             x, v = anchors[n]
         x = x - v
         v = (v - (1 - gamma) * layers[n - 1](x)) / gamma
-        errors.append(relative(x, seen.pop()))
+        errors.append(relative_error(x, seen.pop()))
     return errors
-
-
-def relative(x: Tensor, truth: Tensor) -> float:
-    """Relative error; infinite where x is not finite."""
-    error = float((x.double() - truth).norm() / truth.double().norm())
-    return error if math.isfinite(error) else math.inf
 
 
 def measure(depth: int, gamma: float, layers: list[CapsuleLayer], batch: int) -> list[report.Row]:
@@ -107,7 +104,7 @@ def measure(depth: int, gamma: float, layers: list[CapsuleLayer], batch: int) ->
         stack.memory = "stored" if kind == "stored" else "reversible"
         stack.anchor_every = depth if kind == "no anchors" else None
         every = stack.spacing(x.dtype)
-        got = [relative(*pair) for pair in zip(gradients(stack, x, g), truth, strict=True)]
+        got = [relative_error(*pair) for pair in zip(gradients(stack, x, g), truth, strict=True)]
         undone = [0.0] if kind == "stored" else reconstruct(layers, gamma, every, x)
         rows.append(
             {
@@ -191,13 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     rows = []
     for gamma in args.gammas:
-        layers = [layer.to(args.device) for layer in make_layers(gamma, max(args.depths))]
         for depth in args.depths:
-            rows += measure(depth, gamma, layers[:depth], args.batch)
+            layers = [layer.to(args.device) for layer in make_layers(gamma, depth)]
+            rows += measure(depth, gamma, layers, args.batch)
     text = summarize(rows, args.depths, args.gammas)
-    folder = report.write(args, "reversal", rows, [], text)
-    draw(rows, args.gammas).savefig(folder / "reversal.png", dpi=150)
-
-
-if __name__ == "__main__":
-    main()
+    report.write(args, "reversal", rows, [], text, {"reversal": draw(rows, args.gammas)})

@@ -1,112 +1,264 @@
 """How much faster is `routing` than eager code, and how much memory does it take?
 
-    python -m benchmarks.routing            # prints a table
+Routing by agreement, forward and backward, float32, for the shapes of the paper and for sweeps over
+the batch B, the input capsules N and the output capsules J. Candidates: the published code's
+broadcast matrix product, einsum, both compiled by torch.compile (its default and max-autotune,
+compiled anew for every shape), and the library's backends; on a GPU all but the compiled ones also
+replayed as a CUDA graph. They take turns within one run. Before anything is timed, the result and
+gradients of every candidate are compared with the float64 reference on the very inputs; a failure
+ends the run without a table.
 
-Forward and backward of routing by agreement for the shapes of the paper, batch 128, float32. The
-candidates take turns within one run, so that a drift of the machine's speed meets all alike, and
-the table gives medians. Before anything is timed, every candidate's result and gradients are
-compared with the float64 reference on the very inputs; a failure ends the run without a table.
+FLOP/s and GB/s count what the equations need, the same for every candidate: the multiply-adds of
+forward and backward, each input and output once.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mocapsnet.kernels import routing
+from mocapsnet.kernels.launch import interpreting
 
-from . import published, report
+from . import measure, report
+from .routing_candidates import Candidate, candidates, forward_backward, problem, sized
+from .routing_pictures import draw, roofline
 
-Candidate = Callable[[Tensor, Tensor], Tensor]
-
-CANDIDATES: dict[str, Candidate] = {
-    "broadcast matmul": published.broadcast_matmul,
-    "einsum": published.einsum,
-    "routing": routing,
-}
 SHAPES = {  # B, N, K, J, D
     "layer 1, MNIST": (128, 1152, 8, 32, 8),
+    "layer 1, CIFAR-10": (128, 2048, 8, 32, 8),
     "block layer": (128, 32, 8, 32, 8),
     "layer 2, 10 classes": (128, 32, 8, 10, 16),
     "layer 2, 100 classes": (128, 32, 8, 100, 16),
 }
+SWEEPS = {  # around 128 samples, 288 input capsules, 32 output capsules
+    "B": [(b, 288, 8, 32, 8) for b in (1, 8, 32, 128, 512)],
+    "N": [(128, n, 8, 32, 8) for n in (32, 128, 288, 576, 1152)],
+    "J": [(128, 288, 8, j, 8) for j in (8, 16, 32, 64, 128)],
+}
+PHASES = ("forward", "backward", "both")
+PUBLISHED, EINSUM = "published", "einsum"
+FUSED = ("triton", "chunked")
+"""The library's backends; a call without arguments takes the first that is there."""
+CHECKED = 8
+TOLERANCE = 1e-4
+TARGETS = {PUBLISHED: 15.0, EINSUM: 3.5}
+"""How many times as fast as these the library shall be in layer 1, on two processor cores."""
 
 
-def problem(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    B, N, K, J, D = shape
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(B, N, K, generator=generator) * 0.2
-    W = torch.randn(N, K, J, D, generator=generator) * (J / (N * D) ** 0.5)
-    g = torch.randn(B, J, D, generator=generator)
-    return u.requires_grad_(), W.requires_grad_(), g
+def check(shape: tuple[int, ...], these: dict[str, Candidate], device: torch.device) -> None:
+    """Raises SystemExit unless every candidate agrees with the float64 reference.
 
-
-def forward_backward(run: Candidate, u: Tensor, W: Tensor, g: Tensor) -> list[Tensor]:
-    u.grad = W.grad = None
-    v = run(u, W)
-    v.backward(g)
-    assert u.grad is not None and W.grad is not None
-    return [v.detach(), u.grad, W.grad]
-
-
-def check(shape: tuple[int, ...]) -> None:
-    """Raises SystemExit unless every candidate agrees with the float64 reference to 1e-4."""
-    u, W, g = problem(shape)
-    few = slice(0, 8)  # samples are independent; eight keep the reference's memory small
-    u64, W64 = (x.detach().double().requires_grad_() for x in (u[few], W))
-    truth = forward_backward(
-        lambda u, W: routing(u, W, backend="reference"), u64, W64, g[few].double()
-    )
-    for name, run in CANDIDATES.items():
-        leaf = u[few].detach().requires_grad_()
-        for x, t in zip(forward_backward(run, leaf, W, g[few]), truth, strict=True):
-            error = float((x - t).norm() / t.norm())
-            if not error < 1e-4:
+    A candidate may be off by `TOLERANCE`, relative, norm of the difference over norm of the truth.
+    """
+    u, W, g = problem(shape, device)
+    doubles = [t.detach().double() for t in (u, W, g)]
+    truth = sums(shape, *doubles)
+    for name, run in these.items():
+        found = forward_backward(run.route, u, W, g) if run.graph is None else run.graph()
+        for x, t in zip(found, truth, strict=True):
+            error = measure.relative_error(x, t)
+            if not error <= TOLERANCE:
                 sys.exit(f"{name}, {shape}: relative error {error:.1e}; nothing was timed")
 
 
-def time_candidates(shape: tuple[int, ...], repetitions: int) -> dict[str, float]:
-    """Median seconds of forward and backward."""
-    inputs = problem(shape)
-    runs = {name: partial(forward_backward, run, *inputs) for name, run in CANDIDATES.items()}
-    seconds = report.interleaved(runs, repetitions, torch.device("cpu"))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def sums(shape: tuple[int, ...], u: Tensor, W: Tensor, g: Tensor) -> list[Tensor]:
+    """Output and both gradients of the float64 reference, a few samples at a time."""
+    W = W.requires_grad_()
+    pieces: list[list[Tensor]] = []
+    gradient = torch.zeros_like(W)
+    for some, incoming in zip(u.split(CHECKED), g.split(CHECKED), strict=True):
+        leaf = some.clone().requires_grad_()
+        v = routing(leaf, W, backend="reference")
+        du, dW = torch.autograd.grad(v, (leaf, W), incoming)
+        pieces.append([v.detach(), du])
+        gradient += dW
+    return [torch.cat(part) for part in zip(*pieces, strict=True)] + [gradient]
 
 
-def peak_bytes(run: Candidate, shape: tuple[int, ...]) -> int:
-    """Peak of live tensor bytes beyond the inputs."""
-    return report.peak_bytes(partial(forward_backward, run, *problem(shape)), torch.device("cpu"))
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Group ("paper" or the swept letter), label and shape."""
+    for label in args.shapes:
+        yield "paper", label, sized(SHAPES[label], args.shrink)
+    for letter in args.sweeps:
+        for shape in dict.fromkeys(sized(shape, args.shrink) for shape in SWEEPS[letter]):
+            yield letter, f"{letter} = {shape['BNKJD'.index(letter)]}", shape
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds (default: 7)")
-    repetitions = parser.parse_args().repetitions
-    for shape in SHAPES.values():
-        check(shape)
-    print(
-        f"{report.processor()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, float32; "
-        f"medians of {repetitions} interleaved rounds of forward and backward"
-    )
-    print("| shape (B, N, K, J, D) | candidate | ms | times routing | peak MB |")
-    print("|---|---|---|---|---|")
-    for label, shape in SHAPES.items():
-        medians = time_candidates(shape, repetitions)
-        for name, run in CANDIDATES.items():
-            ratio = medians[name] / medians["routing"]
-            print(
-                f"| {label} {shape} | {name} | {1e3 * medians[name]:.1f} | {ratio:.1f} "
-                f"| {peak_bytes(run, shape) / 1e6:.0f} |",
-                flush=True,
+def timed(
+    these: dict[str, Candidate], shape: tuple[int, ...], args: argparse.Namespace
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds of every candidate and phase in every round."""
+    u, W, g = problem(shape, args.device)
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for counts, name in measure.turns(list(these), args.repetitions):
+        run, clock = these[name], measure.Clock(args.device)
+        if run.graph is not None:
+            run.graph()
+            clock.mark()
+            phases = {"both": clock.seconds()[0]}
+        else:
+            v = run.route(u, W)
+            clock.mark()
+            torch.autograd.grad(v, (u, W), g)
+            clock.mark()
+            forward, backward = clock.seconds()
+            phases = {"forward": forward, "backward": backward, "both": forward + backward}
+            del v
+        for phase, value in phases.items():
+            if counts:
+                seconds.setdefault((name, phase), []).append(value)
+    return seconds
+
+
+def measured(args: argparse.Namespace) -> list[report.Row]:
+    """One row per shape, candidate and phase."""
+    rows = []
+    for group, label, shape in cases(args):
+        print(f"{label} {shape}", file=sys.stderr, flush=True)
+        compiled = args.compiled == "all" or (args.compiled == "paper" and group == "paper")
+        these, missing = candidates(shape, args.device, compiled)
+        check(shape, these, args.device)
+        for (name, phase), values in timed(these, shape, args).items():
+            low, median, high = measure.quartiles(values)
+            operations, bytes_ = work(shape, phase)
+            rows.append(
+                {
+                    "group": group,
+                    "label": label,
+                    **dict(zip("BNKJD", shape, strict=True)),
+                    "candidate": name,
+                    "phase": phase,
+                    "seconds": median,
+                    "lower_quartile": low,
+                    "upper_quartile": high,
+                    "flop_per_second": operations / median,
+                    "bytes_per_second": bytes_ / median,
+                    "peak_bytes": peak(these[name], shape, args.device),
+                }
             )
+        rows += [
+            {"group": group, "label": label, "candidate": name, "error": reason}
+            for name, reason in missing.items()
+        ]
+        torch.compiler.reset()
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+def peak(run: Candidate, shape: tuple[int, ...], device: torch.device) -> int | None:
+    """Peak of live tensor bytes beyond the inputs, forward and backward; graphs keep their own."""
+    if run.graph is not None:
+        return None
+    u, W, g = problem(shape, device)
+    return measure.peak_bytes(lambda: forward_backward(run.route, u, W, g), device)
+
+
+def work(shape: tuple[int, ...], phase: str, iterations: int = 3) -> tuple[int, int]:
+    """Operations (two per multiply-add) and bytes that the equations need, float32."""
+    B, N, K, J, D = shape
+    passes = {
+        "forward": K + (iterations - 1) * (K + 2),  # votes; again with logit and weighted sum
+        "backward": 1 + K + 1 + K,  # c ds and du; c ds again and dW
+    }
+    passes["both"] = sum(passes.values())
+    tensors = B * N * K + N * K * J * D + B * J * D
+    times = {"forward": 1, "backward": 2, "both": 2}[phase]
+    return 2 * B * N * J * D * passes[phase], 4 * times * tensors
+
+
+def summarize(rows: list[report.Row]) -> list[report.Row]:
+    """How many times as fast as the eager codes the library's default is, per shape and phase."""
+    found = {(r["label"], r["candidate"], r["phase"]): r for r in rows if "phase" in r}
+    summary: list[report.Row] = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        for phase in PHASES:
+            names = [name for name in FUSED if (label, name, phase) in found]
+            fused = found[label, names[0], phase]
+            ratios = {
+                f"times_{name}": found[label, name, phase]["seconds"] / fused["seconds"]
+                for name in TARGETS
+            }
+            summary.append({"label": label, "phase": phase, "routing": names[0]} | ratios)
+    return summary
+
+
+def describe(
+    rows: list[report.Row], summary: list[report.Row], rates: measure.Rates, repetitions: int
+) -> str:
+    """Markdown: every shape and candidate, forward and backward together, and the targets."""
+    ours = {row["label"]: row["routing"] for row in summary}
+    both = [row for row in rows if row.get("phase") == "both"]
+    least = {r["label"]: r["seconds"] for r in both if r["candidate"] == ours[r["label"]]}
+    lines = []
+    for row in both:
+        label, name = row["label"], row["candidate"]
+        phases = {r["phase"]: r for r in rows if (r["label"], r["candidate"]) == (label, name)}
+        shown = [phases.get(phase, {}).get("seconds") for phase in PHASES]
+        lines.append(
+            [
+                f"{label} {tuple(row[x] for x in 'BNKJD')}",
+                name,
+                *("" if t is None else f"{1e3 * t:.2f}" for t in shown),
+                f"{1e3 * row['lower_quartile']:.2f} to {1e3 * row['upper_quartile']:.2f}",
+                f"{row['seconds'] / least[label]:.2f}",
+                f"{row['flop_per_second'] / 1e9:.1f}",
+                f"{row['bytes_per_second'] / 1e9:.2f}",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}",
+            ]
+        )
+    header = ["shape (B, N, K, J, D)", "candidate", "forward ms", "backward ms", "both ms"]
+    header += ["quartiles", f"times {next(iter(ours.values()))}", "GFLOP/s", "GB/s", "peak MB"]
+    parts = [
+        f"Routing, rba, three iterations: medians of {repetitions} interleaved rounds. In this "
+        f"run a large copy moved {rates.copy / 1e9:.1f} GB/s and a large float32 matrix product "
+        f"made {rates.matrix / 1e9:,.0f} GFLOP/s.",
+        report.table(header, lines),
+    ]
+    first = next(
+        (r for r in summary if (r["label"], r["phase"]) == (list(SHAPES)[0], "both")), None
+    )
+    if first:
+        parts += [
+            f"{first['label']}: {first[f'times_{name}']:.1f} times as fast as {name} "
+            f"(wanted on two cores: {wanted})."
+            for name, wanted in TARGETS.items()
+        ]
+    failed = [f"{r['label']}, {r['candidate']}: {r['error']}" for r in rows if "error" in r]
+    return "\n\n".join(parts + (["Not timed: " + "; ".join(failed)] if failed else []))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser(__doc__, "routing")
+    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds")
+    parser.add_argument(
+        "--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES), help="of the paper"
+    )
+    parser.add_argument(
+        "--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS), help="sizes to vary"
+    )
+    parser.add_argument(
+        "--compiled",
+        choices=("none", "paper", "all"),
+        default="paper",
+        help="for which shapes torch.compile is tried; it takes most of the run",
+    )
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="divide B, N and J by this, to try the command"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    rates = measure.rates(args.device, size=3072 // (64 if interpreting() else 1))
+    rows = measured(args)
+    summary = summarize(rows)
+    text = describe(rows, summary, rates, args.repetitions)
+    pictures = {"routing_roofline": roofline(rows, rates)}
+    if args.sweeps:
+        pictures = {"routing": draw(rows, args.sweeps)} | pictures
+    report.write(args, "routing", rows, [*summary, rates._asdict()], text, pictures)

@@ -1,38 +1,38 @@
-"""What the compiler makes of every kernel for GPUs that need not be there, and what that predicts.
-
-    python -m benchmarks.static --architecture 80 90 --dtype float32 --only "layer 1, rba final"
+"""What does the compiler make of every kernel for GPUs that need not be there?
 
 Launchers run as they do on a GPU, on meta tensors, so the arguments are specialised as at a true
-launch; each launch is recorded and compiled. One JSON object a line with --json, else tables.
-Triton must not be interpreting (TRITON_INTERPRET unset). Compiled code is cached by Triton.
+launch; each launch is recorded and compiled. The files have a row per launch: registers, spills,
+shared memory, programs that a multiprocessor holds, instructions by kind. The table adds up the
+launches of each operation, forward and backward.
 
-Predictions, for the two GPUs of `GPUS`, are the instructions that the compiled code issues over
-what the datasheet's clock and multiprocessors can issue, or bytes over bandwidth if that is more.
-They know nothing of latency, of cache misses, or of a launch's cost. The floor counts only the
-multiply-adds that the equations need, and each input and output once.
+For two GPUs times are predicted from the compiled code and the datasheet, and compared with the
+floor of the equations: see benchmarks/prediction.py. They are predictions, not measurements.
+Triton must not be interpreting (TRITON_INTERPRET unset). It keeps compiled code in its cache: the
+first run takes minutes for each GPU.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 
-from mocapsnet.kernels.launch import Launch, accumulation_dtype, recording
+from mocapsnet.kernels.launch import accumulation_dtype, interpreting, recording
 from mocapsnet.kernels.momentum import triton as momentum
 from mocapsnet.kernels.momentum.schedule import schedule
 from mocapsnet.kernels.primary import triton as primary
 from mocapsnet.kernels.routing import triton as routing
-from mocapsnet.kernels.routing.weight_gradient import weight_gradient_kernel
 from mocapsnet.kernels.squash import triton as squash
 from mocapsnet.kernels.votes import triton as votes
 
-from .compiled import ARCHITECTURES, Compiled, compile_for, compiled, kinds
+from . import report
+from .compiled import ARCHITECTURES, compile_for
+from .prediction import GPUS, floor, row_of
 
 SHAPES = {  # B, N, K, J, D
     "layer 1": (128, 1152, 8, 32, 8),
@@ -42,84 +42,7 @@ SHAPES = {  # B, N, K, J, D
 }
 
 
-class Gpu(NamedTuple):
-    """Datasheet rates."""
-
-    name: str
-    multiprocessors: int
-    clock: float
-    """Boost clock in Hz."""
-    lanes: int
-    """float32 multiply-adds of a multiprocessor per clock."""
-    bandwidth: float
-    """Bytes per second of device memory."""
-
-
-GPUS = {
-    "80": Gpu("A100 SXM 40 GB", 108, 1.41e9, 64, 1.555e12),
-    "90": Gpu("H100 SXM 80 GB", 132, 1.98e9, 128, 3.35e12),
-}
-
-
-def report(launch: Launch, architecture: str) -> dict[str, Any]:
-    """One launch's row of the table."""
-    made = compiled(launch, architecture)
-    return made._asdict() | dict(
-        kernel=launch.kernel.__name__,
-        grid=launch.grid,
-        warps=launch.options["num_warps"],
-        wide_loads=made.wide_loads,
-        instructions=len(made.instructions),
-        loop=len(made.loop),
-        loop_kinds=dict(kinds(made.loop or made.instructions)),
-        predicted=predicted(launch, architecture, made),
-    )
-
-
-def predicted(launch: Launch, architecture: str, made: Compiled) -> float | None:
-    """Seconds of one launch: issue of all instructions, arithmetic, or device memory."""
-    gpu = GPUS.get(architecture)
-    if gpu is None:
-        return None
-    per_multiprocessor = math.ceil(math.prod(launch.grid) / gpu.multiprocessors)
-    warps = launch.options["num_warps"] * per_multiprocessor
-    issued = len(made.instructions) + (trips(launch) - 1) * len(made.loop)
-    arithmetic = kinds(made.instructions)
-    for kind, count in kinds(made.loop).items():
-        arithmetic[kind] += (trips(launch) - 1) * count
-    cycles = warps * max(issued / 4, (arithmetic["fma"] + arithmetic["float"]) * 32 / gpu.lanes)
-    tensors = {id(x): x for x in launch.args if isinstance(x, torch.Tensor)}.values()
-    memory = sum(x.numel() * x.itemsize for x in tensors) / gpu.bandwidth
-    return max(cycles / gpu.clock, memory)
-
-
-def trips(launch: Launch) -> int:
-    """How often a kernel runs its innermost loop."""
-    named = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
-    if "per_slice" in named:
-        return named["per_slice"]
-    if "slices" in named:
-        return math.ceil(named["slices"] / named["BLOCK_S"])
-    if launch.kernel is routing.kept_backward_kernel:
-        return named["J"]
-    if launch.kernel is weight_gradient_kernel:
-        return math.ceil(named["B"] / named["BLOCK_B"])
-    if "GAMMA" in named:
-        return named["end"] - named["begin"]
-    return named["R"] - 1 if named.get("FULL") else 1
-
-
-def floor(sizes: tuple[int, ...], iterations: int, itemsize: int, gpu: Gpu) -> float:
-    """Seconds that forward and backward of rba, "final", take at least."""
-    B, N, K, J, D = sizes
-    forward = K + (iterations - 1) * (K + 2)  # votes; with logit and weighted sum
-    backward = 1 + K + 1 + K  # c ds and du; c ds again and dW
-    arithmetic = B * N * J * D * (forward + backward) / gpu.multiprocessors / gpu.lanes / gpu.clock
-    values = 2 * (B * N * K + N * K * J * D + B * J * D)
-    return max(arithmetic, values * itemsize / gpu.bandwidth)
-
-
-def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def cases(dtype: torch.dtype) -> Mapping[str, Callable[[], object]]:
     """What to compile: functions that launch, by the name of their shape and mode."""
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -129,8 +52,8 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         B, N, K, J, D = sizes
         u, W = tensor(B, N, K), tensor(N, K, J, D)
         keep = (method, routing_grad) == ("rba", "final")
-        v, *saved = routing.forward(u, W, tensor(J, D), 3, method, keep)
-        routing.backward(v, u, W, *saved, method, routing_grad, with_bias=True)
+        v, s, kept = routing.forward(u, W, tensor(J, D), 3, method, keep)
+        routing.backward(v, u, W, s, kept, method, routing_grad, with_bias=True)
 
     def stacked(method: str, routing_grad: str) -> None:
         x = torch.empty(128, 32, 8, dtype=accumulation_dtype(tensor(1)), device="meta")
@@ -170,8 +93,80 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def launches(label: str, run: Callable[[], object], architecture: str) -> list[report.Row]:
+    """What one case compiles to, a row per launch in their order."""
+    with recording() as recorded:
+        run()
+    return [
+        {"architecture": architecture, "case": label, **row_of(launch, architecture)}
+        for launch in recorded
+    ]
+
+
+def summarize(rows: list[report.Row], dtype: torch.dtype) -> list[report.Row]:
+    """One row per architecture and case: launches added up, predicted time and floor if known."""
+    summary = []
+    for architecture, case in dict.fromkeys((row["architecture"], row["case"]) for row in rows):
+        some = [r for r in rows if (r["architecture"], r["case"]) == (architecture, case)]
+        row: report.Row = {"architecture": architecture, "case": case, "launches": len(some)}
+        for column in ("registers", "spills", "shared"):
+            row[column] = max(r[column] for r in some)
+        shape, _, mode = case.rpartition(", ")
+        if architecture in GPUS:
+            row["predicted"] = sum(r["predicted"] for r in some)
+            if mode == "rba final" and shape in SHAPES:
+                row["floor"] = floor(SHAPES[shape], 3, dtype.itemsize, GPUS[architecture])
+        summary.append(row)
+    return summary
+
+
+def describe(summary: list[report.Row], dtype: str) -> str:
+    """Markdown: a table per architecture."""
+    parts = []
+    for architecture in dict.fromkeys(row["architecture"] for row in summary):
+        lines = [
+            [
+                row["case"],
+                *(row[column] for column in ("launches", "registers", "spills", "shared")),
+                f"{1e6 * row['predicted']:.1f}" if "predicted" in row else "",
+                f"{1e6 * row['floor']:.1f}" if "floor" in row else "",
+                f"{row['predicted'] / row['floor']:.2f}" if "floor" in row else "",
+            ]
+            for row in summary
+            if row["architecture"] == architecture
+        ]
+        header = ["case, forward and backward", "launches", "most registers", "most spills"]
+        header += ["most shared bytes", "predicted us", "floor us", "ratio"]
+        gpu = GPUS.get(architecture)
+        name = f"{architecture}, {dtype}"
+        name += f": predicted for {gpu.name}, **not measured**" if gpu else ""
+        parts.append(f"{name}\n\n{report.table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def draw(summary: list[report.Row]) -> Figure:
+    """Predicted times over their floors."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    known = [row for row in summary if "floor" in row]
+    names = list(dict.fromkeys(row["architecture"] for row in known))
+    panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    for axes, architecture in zip(panels, names, strict=False):
+        some = [row for row in known if row["architecture"] == architecture][::-1]
+        labels = [row["case"].rpartition(", ")[0] for row in some]
+        for column, color, shift in (("floor", "C7", 0.2), ("predicted", "C0", -0.2)):
+            times = [1e6 * row[column] for row in some]
+            places = [n + shift for n in range(len(some))]
+            bars = axes.barh(places, times, 0.36, color=color, label=column)
+            axes.bar_label(bars, fmt="%.0f", padding=3)
+        axes.set_yticks(range(len(some)), labels)
+        axes.set(title=f"{GPUS[architecture].name}\npredicted, not measured", xlabel="us")
+        axes.margins(x=0.12)
+        axes.legend(loc="lower right")
+    return figure
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser(__doc__, "static", device=False)
     parser.add_argument(
         "--architecture",
         nargs="+",
@@ -180,62 +175,32 @@ def main() -> None:
         metavar="A",
         help="compute capabilities, as 80 90, or gfx942 (AMD); all: " + " ".join(ARCHITECTURES),
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "float64"],
+        default="float32",
+        help="of capsules and weights",
+    )
     parser.add_argument(
         "--only", default="", help="regular expression; compile what it is found in"
     )
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    parser.set_defaults(dtype="float32")
-    options = parser.parse_args()
-    for architecture in options.architecture:
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if interpreting():
+        sys.exit("TRITON_INTERPRET is 1, so nothing would be compiled: unset it")
+    dtype = getattr(torch, args.dtype)
+    rows: list[report.Row] = []
+    for architecture in args.architecture:
         compile_for(architecture)
-        if not options.json:
-            print(f"\n{architecture} {options.dtype}\n" + HEADER, flush=True)
-        for label, run in cases(getattr(torch, options.dtype)).items():
-            if re.search(options.only, label):
-                launches = rows(label, run, architecture)
-                for row in launches:
-                    print(json.dumps(row) if options.json else line(row), flush=True)
-                if not options.json and architecture in GPUS:
-                    print(summary(label, launches, options.dtype), flush=True)
-
-
-def rows(label: str, run: Callable[[], object], architecture: str) -> list[dict[str, Any]]:
-    """What one case compiles to, in the order of its launches."""
-    with recording() as launches:
-        run()
-    return [
-        dict(architecture=architecture, case=label) | report(launch, architecture)
-        for launch in launches
-    ]
-
-
-HEADER = (
-    f"{'case':34} {'kernel':26} {'programs':>8} {'warps':>5} {'regs':>4} {'spills':>6} "
-    f"{'shared':>6} {'blocks':>6} {'wide':>4} {'instr':>5} {'loop':>5}  of the loop, by kind"
-)
-
-
-def line(row: dict[str, Any]) -> str:
-    kinds_ = " ".join(f"{kind} {n}" for kind, n in sorted(row["loop_kinds"].items()))
-    return (
-        f"{row['case']:34} {row['kernel']:26} {math.prod(row['grid']):8} {row['warps']:5} "
-        f"{row['registers']:4} {row['spills']:6} {row['shared']:6} {row['resident']:6} "
-        f"{row['wide_loads']:4} {row['instructions']:5} {row['loop']:5}  {kinds_}"
-    )
-
-
-def summary(label: str, launches: list[dict[str, Any]], dtype: str) -> str:
-    """One line: the predicted time of all launches of a case, and the floor where it is known."""
-    gpu = GPUS[launches[0]["architecture"]]
-    time = sum(row["predicted"] for row in launches)
-    text = f"{label}: {time * 1e6:.1f} us predicted on {gpu.name}, not measured"
-    shape, _, mode = label.rpartition(", ")
-    if mode == "rba final" and shape in SHAPES:
-        least = floor(SHAPES[shape], 3, getattr(torch, dtype).itemsize, gpu)
-        text += f"; floor {least * 1e6:.1f} us, ratio {time / least:.2f}"
-    return text
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        for label, run in cases(dtype).items():
+            if re.search(args.only, label):
+                print(f"{architecture}: {label}", file=sys.stderr, flush=True)
+                rows += launches(label, run, architecture)
+    if not rows:
+        sys.exit(f"--only {args.only!r} is found in none of: {'; '.join(cases(dtype))}")
+    summary = summarize(rows, dtype)
+    text = describe(summary, args.dtype)
+    report.write(args, "static", rows, summary, text, {"static": draw(summary)})

@@ -7,8 +7,23 @@ import math
 import pytest
 import torch
 
-from benchmarks import depth, memory, report, reversal
+from mocapsnet.benchmarks import candidates as networks
+from mocapsnet.benchmarks import (
+    depth,
+    guard,
+    machine,
+    measure,
+    memory,
+    overhead,
+    report,
+    reversal,
+    shares,
+    step,
+)
+from mocapsnet.benchmarks import routing as routing_benchmark
+from mocapsnet.benchmarks.cli import QUESTIONS
 from mocapsnet.kernels import routing
+from mocapsnet.train.cli import main as mocapsnet
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +35,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def results(folder, name):
+def results(folder, name, picture=True):
     """Rows and summary, after a look at all files."""
     with (folder / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     content = json.loads((folder / f"{name}.json").read_text())
-    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    if picture:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / f"{name}.md").read_text().count("| --- |") >= 1
     assert content["machine"]["torch"] == torch.__version__
     assert len(rows) == len(content["rows"]) > 0
@@ -51,7 +67,8 @@ def test_reversal(tmp_path):
 
 
 def test_divergence_is_reported():
-    assert reversal.relative(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+    assert measure.relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+    assert measure.relative_error(None, torch.ones(1)) == math.inf
     assert reversal.shown(math.inf) == "diverged"
     assert report.plain({"error": [math.inf, 1.0]}) == {"error": ["inf", 1.0]}
 
@@ -71,32 +88,167 @@ def test_memory(tmp_path, monkeypatch):
     assert cost["MoCapsNet, fused, reversible"]["times_published"] < 1
 
 
-@pytest.mark.parametrize("part", ["stack", "model"])
-def test_depth(tmp_path, part):
-    settings = f"--part {part} --blocks 1 2 --batch 2 --channels 8 --repetitions 1 --device cpu"
+def test_depth(tmp_path):
+    settings = "--blocks 1 2 --batch 2 --repetitions 1 --device cpu"
     depth.main([*settings.split(), "--output", str(tmp_path)])
-    rows, summary = results(tmp_path, f"depth_{part}")
+    rows, summary = results(tmp_path, "depth")
     assert len(rows) == len(depth.CANDIDATES) * 2 * len(depth.PHASES)
     for row in rows:
         assert 0 < row["lower_quartile"] <= row["seconds"] <= row["upper_quartile"]
     assert sum("ratio" in row for row in summary) == len(depth.RATIOS)
 
 
-@pytest.mark.parametrize("part", ["stack", "model"])
+def test_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "rates", lambda device: measure.Rates(1e9, 1e9, 1e9))
+    settings = "--blocks 1 2 --batch 2 --channels 8 --repetitions 1 --device cpu"
+    step.main([*settings.split(), "--output", str(tmp_path)])
+    rows, (found,) = results(tmp_path, "step")
+    assert {row["candidate"] for row in rows} >= set(step.NAMES)
+    assert all(r["images_per_second"] == pytest.approx(2 / r["seconds"]) for r in rows)
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    # 20 x 20 and 6 x 6 outputs of 9 x 9 kernels; the images take no gradient
+    assert found["convolutions"]["operations"] == 2 * 2 * 81 * (2 * 400 * 8 + 3 * 36 * 8 * 8)
+    assert found["pipeline"] > 0
+
+
+def test_shares_see_every_part():
+    model = networks.CANDIDATES[step.FUSED].build(2, channels=64)
+    found = shares.shares(model, networks.batch_of(16, torch.device("cpu")), 2)
+    assert sum(found.values()) == pytest.approx(1)
+    for part in ("convolutions", "routing", "decoder and losses", "optimiser"):
+        assert found[part] > 0.01, found
+    assert -0.01 < found["rest"] < 0.4, found
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    "key, part",
     [
-        lambda u, W, iterations: 1.001 * memory.EINSUM(u, W, iterations),  # a result
-        lambda u, W, iterations: memory.EINSUM(u.detach(), W, iterations),  # a gradient alone
+        ("part: stack", "routing"),
+        ("part: convolutions", "convolutions"),
+        ("autograd::engine::evaluate_function: ConvolutionBackward0", "convolutions"),
+        ("autograd::engine::evaluate_function: DirectBackward", "routing"),
+        ("autograd::engine::evaluate_function: AddmmBackward0", "decoder and losses"),
+        ("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad", None),
+        ("Optimizer.step#Adam.step", "optimiser"),
+        ("aten::convolution", None),  # lies within a part
     ],
 )
-def test_gate_stops_a_wrong_candidate(tmp_path, monkeypatch, capsys, part, wrong):
-    name = "ResCapsNet, einsum"
-    monkeypatch.setitem(depth.CANDIDATES, name, depth.CANDIDATES[name]._replace(routing=wrong))
-    settings = f"--part {part} --blocks 1 --batch 2 --channels 8 --repetitions 1 --device cpu"
+def test_parts_of_a_step(key, part):
+    assert shares.part_of(key) == part
+
+
+SMALL_ROUTING = "--repetitions 1 --shrink 32 --device cpu --sweeps B --shapes".split()
+
+
+def test_routing(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "rates", lambda device, size: measure.Rates(1e10, 1e11, None))
+    options = [*SMALL_ROUTING, "layer 1, MNIST", "block layer", "--compiled", "none"]
+    routing_benchmark.main([*options, "--output", str(tmp_path)])
+    rows, summary = results(tmp_path, "routing")
+    assert (tmp_path / "routing_roofline.png").exists()
+    assert len(summary) == (2 + 3) * 3 + 1  # B = 1, 4, 16
+    assert {row["candidate"] for row in rows} == {"published", "einsum", "chunked", "triton"}
+    for row in rows:
+        operations, bytes_ = routing_benchmark.work(tuple(row[x] for x in "BNKJD"), row["phase"])
+        assert row["flop_per_second"] == pytest.approx(operations / row["seconds"])
+        assert row["bytes_per_second"] == pytest.approx(bytes_ / row["seconds"])
+    # layer 1: 28 multiply-adds per component of a vote forward, 18 backward
+    assert routing_benchmark.work((1, 1, 8, 1, 1), "forward")[0] == 2 * 28
+    assert routing_benchmark.work((1, 1, 8, 1, 1), "both")[0] == 2 * (28 + 18)
+
+
+@pytest.mark.slow
+def test_routing_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "rates", lambda device, size: measure.Rates(1e10, 1e11, None))
+    options = ["--repetitions", "1", "--shrink", "32", "--device", "cpu", "--sweeps"]
+    options += ["--shapes", "block layer", "--compiled", "paper"]
+    modes = {"compiled": "default", "compiled, broken": "no such mode"}
+    monkeypatch.setattr(routing_candidates, "MODES", modes)
+    routing_benchmark.main([*options, "--output", str(tmp_path)])
+    rows, _ = results(tmp_path, "routing", picture=False)
+    timed = {row["candidate"] for row in rows if "error" not in row}
+    assert {"published, compiled", "einsum, compiled"} <= timed
+    broken = {row["candidate"]: row["error"] for row in rows if "error" in row}
+    assert set(broken) == {"published, compiled, broken", "einsum, compiled, broken"}
+    assert "no such mode" in broken["einsum, compiled, broken"]
+    assert "Not timed" in (tmp_path / "routing.md").read_text()
+
+
+WRONG = [
+    lambda u, W, iterations=3: 1.001 * networks.EINSUM(u, W, iterations),  # a result
+    lambda u, W, iterations=3: networks.EINSUM(u.detach() + 0 * u, W, iterations),  # a gradient
+]
+
+
+@pytest.mark.parametrize("benchmark, small", [(depth, ""), (step, "--channels 8")])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_gate_stops_a_wrong_network(tmp_path, monkeypatch, capsys, benchmark, small, wrong):
+    name = "ResCapsNet, published"
+    changed = networks.CANDIDATES[name]._replace(routing=wrong)
+    monkeypatch.setitem(networks.CANDIDATES, name, changed)
+    settings = f"{small} --blocks 1 --batch 2 --repetitions 1 --device cpu"
     with pytest.raises(SystemExit, match=f"{name}, 1 blocks: .* nothing was timed"):
-        depth.main([*settings.split(), "--output", str(tmp_path)])
+        benchmark.main([*settings.split(), "--output", str(tmp_path)])
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_gate_stops_wrong_routing(tmp_path, monkeypatch, capsys, wrong):
+    monkeypatch.setitem(routing_candidates.EAGER, "einsum", wrong)
+    with pytest.raises(SystemExit, match="einsum, .*: relative error .* nothing was timed"):
+        routing_benchmark.main(
+            [*SMALL_ROUTING, "block layer", "--compiled", "none", "--output", str(tmp_path)]
+        )
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_overhead(tmp_path):
+    overhead.main(["--repetitions", "2", "--calls", "2", "--output", str(tmp_path)])
+    rows, _ = results(tmp_path, "overhead")
+    assert [row["candidate"] for row in rows] == list(overhead.candidates())
+
+
+def test_machine(tmp_path, monkeypatch):
+    measured = measure.rates(torch.device("cpu"), size=64, elements=1000)
+    assert measured.copy > 0 and measured.matrix > 0
+    monkeypatch.setattr(measure, "rates", lambda device: measured)
+    machine.main(["--device", "cpu", "--output", str(tmp_path)])
+    (row,), _ = results(tmp_path, "machine", picture=False)
+    assert row["matrix"] == measured.matrix and row["commit"]
+
+
+def test_guard_passes_and_fails(monkeypatch, capsys):
+    monkeypatch.setattr(guard, "routing_ratios", lambda args: [guard.Ratio("a", 0.1, 0.2)])
+    monkeypatch.setattr(guard, "stack_ratios", lambda args: [guard.Ratio("b", 1.0, 1.0)])
+    guard.main(["--device", "cpu"])
+    assert "| a | 0.100 | 0.2 | yes |" in capsys.readouterr().out
+    monkeypatch.setattr(guard, "stack_ratios", lambda args: [guard.Ratio("b", 1.01, 1.0)])
+    with pytest.raises(SystemExit, match="slower or larger"):
+        guard.main(["--device", "cpu"])
+    assert "| b | 1.010 | 1.0 | **no** |" in capsys.readouterr().out
+
+
+def test_guard_measures(monkeypatch):
+    monkeypatch.setattr(guard, "LAYER_1", (4, 1152, 8, 32, 8))
+    args = report.parser("", "guard").parse_args(["--device", "cpu"])
+    args.repetitions = 2
+    found = [*guard.routing_ratios(args), *guard.stack_ratios(args)]
+    assert len(found) == 5 and all(0 < ratio.value < 10 for ratio in found)
+
+
+def test_every_benchmark_explains_itself(capsys):
+    with pytest.raises(SystemExit):
+        mocapsnet(["benchmark", "--help"])
+    listing = capsys.readouterr().out
+    for name in QUESTIONS:
+        with pytest.raises(SystemExit) as left:
+            mocapsnet(["benchmark", name, "--help"])
+        text = capsys.readouterr().out
+        assert left.value.code == 0 and f"usage: mocapsnet benchmark {name}" in text
+        assert name in listing and "%(" not in text
+    with pytest.raises(SystemExit) as left:
+        mocapsnet(["benchmark", "speed"])
+    assert left.value.code == 2 and "invalid choice: 'speed'" in capsys.readouterr().err
 
 
 def test_peak_counts_temporaries_and_workspaces():
@@ -105,21 +257,21 @@ def test_peak_counts_temporaries_and_workspaces():
         del x
         return torch.empty(2000)
 
-    assert report.peak_bytes(run, torch.device("cpu")) == pytest.approx(8000, abs=128)
+    assert measure.peak_bytes(run, torch.device("cpu")) == pytest.approx(8000, abs=128)
     u, W = torch.rand(8, 64, 8), torch.rand(64, 8, 32, 8)
-    peaks = [report.peak_bytes(lambda: routing(u, W), torch.device("cpu")) for _ in range(2)]
+    peaks = [measure.peak_bytes(lambda: routing(u, W), torch.device("cpu")) for _ in range(2)]
     assert peaks[0] == peaks[1] > W.nbytes / 8
 
 
 def test_interleaved_takes_turns():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = report.interleaved(runs, 3, torch.device("cpu"))
+    seconds = measure.interleaved(runs, 3, torch.device("cpu"))
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
     assert all(set(order[n : n + 3]) == set("abc") for n in range(0, 12, 3))
 
 
 def test_slope_and_quartiles():
-    assert report.slope([1, 2, 4], [3, 5, 9]) == pytest.approx(2)
-    assert math.isnan(report.slope([1], [3]))
-    assert report.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2, 3, 4)
+    assert measure.slope([1, 2, 4], [3, 5, 9]) == pytest.approx(2)
+    assert math.isnan(measure.slope([1], [3]))
+    assert measure.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2, 3, 4)

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAPPED = {"mocapsnet": "mocapsnet", "kernels": "mocapsnet/kernels", "train": "mocapsnet/train"}
+MAPPED = {
+    "mocapsnet": "mocapsnet",
+    "kernels": "mocapsnet/kernels",
+    "train": "mocapsnet/train",
+    "benchmarks": "mocapsnet/benchmarks",
+}
 FOLDERS = [*MAPPED, "tests", ".ci"]
 TOP = [
     "CHANGELOG.md",
@@ -81,11 +86,13 @@ def build(source: Path, kind: str, output: Path) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    """Paths below a folder, without those that tools leave behind."""
+    """Paths below a folder, without those that tools leave behind and benchmarks' results."""
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path.parent.name != "__pycache__" and not path.name.startswith(".")
+        if path.is_file()
+        and not {"__pycache__", "results"} & set(path.relative_to(folder).parts)
+        and not path.name.startswith(".")
     }
 
 
@@ -121,7 +128,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
 
 
-def test_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_the_four_folders_and_nothing_else(wheel: Path) -> None:
     expected = {
         f"{target}/{path}"
         for folder, target in MAPPED.items()

@@ -52,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["benchmark"]:  # each benchmark reads options of its own
+        from mocapsnet.benchmarks.cli import main as benchmark
+
+        return benchmark(arguments[1:])
+
     from mocapsnet.train.options import TrainOptions, VisualizeOptions
 
     command = parse(arguments)
@@ -116,18 +121,24 @@ def _check_resumable(saved: TrainOptions, command: TrainOptions) -> None:
 def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | RunOptions:
     import tyro
 
-    from mocapsnet.train.options import EvaluateOptions, TrainOptions, VisualizeOptions
+    from mocapsnet.train.options import (
+        BenchmarkOptions,
+        EvaluateOptions,
+        TrainOptions,
+        VisualizeOptions,
+    )
 
     subcommand = tyro.conf.subcommand
     Command = (
         Annotated[TrainOptions, subcommand("train", default=train)]
         | Annotated[EvaluateOptions, subcommand("evaluate")]
         | Annotated[VisualizeOptions, subcommand("visualize")]
+        | Annotated[BenchmarkOptions, subcommand("benchmark")]
     )
-    return tyro.cli(
+    command = tyro.cli(
         Command,
         prog="mocapsnet",
-        description="Train and examine momentum capsule networks.",
+        description="Train, examine and measure momentum capsule networks.",
         args=arguments,
         config=(
             tyro.conf.OmitArgPrefixes,
@@ -135,3 +146,5 @@ def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | RunOptions
             tyro.conf.FlagCreatePairsOff,
         ),
     )
+    assert not isinstance(command, BenchmarkOptions)  # there for --help; `_run` looks first
+    return command

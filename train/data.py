@@ -167,6 +167,20 @@ def random_crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
+def training_batch(
+    train_set: ImageSet, indices: Tensor, offsets: Tensor, pad: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a training step works on.
+
+    Args:
+        indices: [B] int64, which images.
+        offsets: [B, 2] int64, where each is cropped, see `random_crop`.
+    Returns: normalised images [B, C, H, W], their pixels in [0, 1], labels [B].
+    """
+    pixels = to_pixels(random_crop(train_set.images[indices], offsets, pad))
+    return normalise(pixels), pixels, train_set.labels[indices]
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """uint8 0..255 to float32 [0, 1]."""
     return images.float() / 255

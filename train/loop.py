@@ -206,9 +206,10 @@ class Trainer:
             if not len(share):
                 share, crop = indices[:1], crops[:1]
             with accelerator.accumulate(self.model):
-                images, labels = self.train_set.images[share], self.train_set.labels[share]
-                pixels = data.to_pixels(data.random_crop(images, crop, self.options.data.pad))
-                out = self.model(data.normalise(pixels), labels)
+                images, pixels, labels = data.training_batch(
+                    self.train_set, share, crop, self.options.data.pad
+                )
+                out = self.model(images, labels)
                 loss = self.criterion(out, pixels, labels)
                 # Accelerate divides by the number of micro-batches, and data parallelism averages
                 # over the processes; the gradient wanted is that of the sum.

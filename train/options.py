@@ -199,6 +199,11 @@ class VisualizeOptions(RunOptions):
     """Draw the pictures of a run again, from its metrics and last checkpoint."""
 
 
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Measure speed, memory and precision; `mocapsnet benchmark --help` lists the benchmarks."""
+
+
 # What may differ between a run and its continuation: the result does not depend on it, but for
 # epochs, which only says how far to go.
 RESUMABLE = {

@@ -1,0 +1,137 @@
+"""The networks that are compared: three models, eager or fused, stored or recomputed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mocapsnet import CapsNet, CapsuleLoss, build_model
+from mocapsnet.model import CapsNetConfig
+from mocapsnet.reversible import ResidualStack
+
+from . import published
+from .measure import relative_error
+
+IMAGE, CLASSES = (1, 28, 28), 10
+TOLERANCE = 1e-4
+CHECKED = 8
+"""Samples that the correctness gate computes: samples are independent."""
+
+
+class Candidate(NamedTuple):
+    """A model and how it routes and stores."""
+
+    model: str
+    routing: published.Routing | None
+    """Eager routing; None for the fused one."""
+    memory: str
+    """"stored", "checkpoint" (residual stacks) or "reversible" (momentum stacks)."""
+
+    def build(self, blocks: int, channels: int = 256, backend: str | None = None) -> CapsNet:
+        """The same weights for all candidates of one model."""
+        torch.manual_seed(0)
+        memory = "reversible" if self.memory == "reversible" else "stored"
+        config = CapsNetConfig(
+            IMAGE, CLASSES, blocks, channels=channels, memory=memory, routing_backend=backend
+        )
+        model = build_model(self.model, config)
+        if self.routing is not None:
+            published.make_eager(model, self.routing)
+        if self.memory == "checkpoint":
+            assert isinstance(model.stack, ResidualStack)
+            model.stack = published.CheckpointedStack(model.stack)
+        return model
+
+
+PUBLISHED, EINSUM = published.broadcast_matmul, published.einsum
+CANDIDATES = {
+    "CapsNet, published": Candidate("capsnet", PUBLISHED, "stored"),
+    "ResCapsNet, published": Candidate("rescapsnet", PUBLISHED, "stored"),
+    "MoCapsNet, published": Candidate("mocapsnet", PUBLISHED, "reversible"),
+    "ResCapsNet, einsum": Candidate("rescapsnet", EINSUM, "stored"),
+    "ResCapsNet, einsum, checkpoint": Candidate("rescapsnet", EINSUM, "checkpoint"),
+    "CapsNet, fused": Candidate("capsnet", None, "stored"),
+    "ResCapsNet, fused": Candidate("rescapsnet", None, "stored"),
+    "MoCapsNet, fused, stored": Candidate("mocapsnet", None, "stored"),
+    "MoCapsNet, fused, reversible": Candidate("mocapsnet", None, "reversible"),
+}
+STYLES = {  # colour: routing; line: model or memory
+    "CapsNet, published": {"color": "C3", "linestyle": ":"},
+    "ResCapsNet, published": {"color": "C3", "linestyle": "--"},
+    "MoCapsNet, published": {"color": "C3"},
+    "ResCapsNet, einsum": {"color": "C1", "linestyle": "--"},
+    "ResCapsNet, einsum, checkpoint": {"color": "C1", "linestyle": "-."},
+    "CapsNet, fused": {"color": "C0", "linestyle": ":"},
+    "ResCapsNet, fused": {"color": "C0", "linestyle": "--"},
+    "MoCapsNet, fused, stored": {"color": "C0", "linestyle": "-."},
+    "MoCapsNet, fused, reversible": {"color": "C0"},
+}
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def batch_of(size: int, device: torch.device) -> Batch:
+    """Normalised images, their pixels in [0, 1], and labels."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(size, *IMAGE, generator=generator)
+    labels = torch.randint(CLASSES, (size,), generator=generator)
+    return ((pixels - 0.5) * 12**0.5).to(device), pixels.to(device), labels.to(device)
+
+
+def training_step(
+    model: CapsNet, optimizer: torch.optim.Optimizer, batch: Batch, bfloat16: bool = False
+) -> Callable[[], None]:
+    """Forward, loss, backward and optimiser; convolutions in bfloat16 if asked for."""
+    images, pixels, labels = batch
+    criterion = CapsuleLoss()
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            output = model(images, labels)
+        criterion(output, pixels, labels).total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def check(
+    candidates: Mapping[str, Candidate],
+    blocks: int,
+    channels: int,
+    device: torch.device,
+    results: Callable[[CapsNet], Iterable[Tensor | None]],
+) -> None:
+    """Raises SystemExit unless every candidate is as close to float64 as eager code is.
+
+    That is `TOLERANCE` and twice the eager error in float32, which is larger in deep stacks
+    without shortcuts. `results` gives what a model, which may be in float64, puts out, and all
+    its gradients.
+    """
+    known: dict[str, tuple[list[Any], list[float]]] = {}
+
+    def found(candidate: Candidate, backend: str | None, dtype: torch.dtype) -> list[Any]:
+        return list(results(candidate.build(blocks, channels, backend).to(device, dtype)))
+
+    def errors(got: list[Any], truth: list[Any]) -> list[float]:
+        return [relative_error(*pair) for pair in zip(got, truth, strict=True)]
+
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for name, candidate in candidates.items():
+            if candidate.model not in known:
+                plain = Candidate(candidate.model, None, "stored")
+                truth = [t.detach() for t in found(plain, "reference", torch.float64)]
+                eager = found(plain, "reference", torch.float32)
+                known[candidate.model] = truth, errors(eager, truth)
+            truth, allowed = known[candidate.model]
+            got = errors(found(candidate, None, torch.float32), truth)
+            for error, least in zip(got, allowed, strict=True):
+                if not error <= TOLERANCE + 2 * least:
+                    sys.exit(
+                        f"{name}, {blocks} blocks: relative error {error:.1e}, eager code "
+                        f"{least:.1e}; nothing was timed"
+                    )

@@ -1,0 +1,39 @@
+"""`mocapsnet benchmark NAME`: one module and one command per question."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+QUESTIONS = {
+    "routing": "how much faster is routing than eager code, and how much memory does it take?",
+    "step": "how long does a training step take, and where does the time go?",
+    "memory": "what does a block cost in memory?",
+    "depth": "what does a block cost in time?",
+    "reversal": "how exact is the reversal?",
+    "overhead": "what does a call of routing cost beside its computation?",
+    "static": "what does the compiler make of every kernel for GPUs that need not be there?",
+    "machine": "what is this machine, and how fast does it copy and multiply?",
+    "guard": "is the speed still there? (a minute; fails if not)",
+    "suite": "all of the above but the guard, one after another, with a summary of their results",
+    "gpu-report": "what does this GPU make of it all? (tests, benchmarks, a training; ten minutes)",
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs one benchmark; its own options follow its name. Raises: SystemExit, with --help too."""
+    listing = "\n".join(f"  {name:12}{question}" for name, question in QUESTIONS.items())
+    parser = argparse.ArgumentParser(
+        prog="mocapsnet benchmark",
+        usage="mocapsnet benchmark NAME [options]",
+        description="Measure speed, memory and precision on this machine.",
+        epilog=f"names:\n{listing}\n\n`mocapsnet benchmark NAME --help` explains a benchmark and "
+        "its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", choices=list(QUESTIONS), help="see below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    module = args.name.replace("-", "_")
+    importlib.import_module(f"mocapsnet.benchmarks.{module}").main(args.options)

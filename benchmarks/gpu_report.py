@@ -1,0 +1,107 @@
+"""What does this GPU make of it all?
+
+The kernels' tests natively, routing, a training step, memory, depth, reversal, and a short training
+on the embedded digits, with a page of tables and pictures in benchmarks/results/GPU/README.md below
+the current folder, ready to commit. Ends within --minutes: a part that takes longer than its share
+is stopped, and a part that fails leaves its error on the page.
+
+--dry-run tries all this without a GPU: the same parts on the CPU at small sizes, kernels in the
+interpreter of Triton, results in build/gpu-report. Its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import report
+from .parts import Part, benchmark, run_all
+
+TESTS = "tests/kernels tests/mocapsnet"
+DRY_TESTS = "tests/kernels/test_reference.py"
+SMALL_STEP = "--blocks 1 2 --batch 2 --channels 8 --repetitions 1"
+
+
+def parts(folder: Path, scratch: Path, dry: bool) -> list[Part]:
+    """What is run, and for how long at most: 9 minutes in all."""
+    device = "cpu" if dry else "cuda"
+
+    def one(title: str, name: str, limit: float, options: str, small: str) -> Part:
+        return benchmark(
+            title, name, f"--device {device} {small if dry else options}", folder, limit
+        )
+
+    training = f"train --device {device} --epochs {'1 --limit 64' if dry else 10}"
+    tests = DRY_TESTS if dry else TESTS
+    run = [sys.executable, "-m"]
+    return [
+        one("Machine", "machine", 30, "", ""),
+        Part(
+            "Tests",
+            f"python -m pytest -q -n 4 {tests}",
+            [*run, "pytest", "-q", "-n", "4", *tests.split()],
+            130,
+            tail=8,
+        ),
+        one(
+            "Routing",
+            "routing",
+            120,
+            "--repetitions 15 --sweeps B",
+            "--compiled none --repetitions 1 --shrink 32 --sweeps B --shapes 'block layer'",
+        ),
+        one("Training step", "step", 60, "--repetitions 10", SMALL_STEP),
+        one("Memory", "memory", 40, "", "--blocks 1 2 --batch 2 --channels 8"),
+        one("Depth", "depth", 40, "", "--blocks 1 2 --batch 2 --repetitions 1"),
+        one(
+            "Reversal",
+            "reversal",
+            60,
+            "--depths 2 10 40 100 400 --gammas 0.5 0.9 0.99",
+            "--depths 2 10 --gammas 0.9 --batch 2",
+        ),
+        Part(
+            "Training on digits",
+            f"mocapsnet {training}",
+            [*run, "mocapsnet.train", *training.split(), "--out", str(scratch / "run")],
+            60,
+            tail=14,
+        ),
+    ]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser(__doc__, "gpu-report", device=False)
+    parser.add_argument("--dry-run", action="store_true", help="try it on the CPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if not args.dry_run and not torch.cuda.is_available():
+        sys.exit(
+            "gpu-report: no NVIDIA GPU that PyTorch can use; --dry-run (make gpu-report DRY_RUN=1) "
+            "tries the command on the CPU"
+        )
+    if not Path("tests/kernels").is_dir():
+        sys.exit("gpu-report: run it in the repository's folder, where the tests are")
+    environment = {"TRITON_INTERPRET": "1"} if args.dry_run else {}
+    if args.dry_run:
+        folder: Path = args.output or Path("build/gpu-report")
+        heading = "# Dry run on a CPU: these figures mean nothing"
+    else:
+        folder = args.output or report.results_folder(torch.device("cuda"))
+        heading = f"# {torch.cuda.get_device_name()}"
+    with tempfile.TemporaryDirectory() as scratch:
+        these = parts(folder, Path(scratch), args.dry_run)
+        outcomes = run_all(these, folder, heading, environment, 60 * args.minutes)
+    print(f"\nwritten: {folder}/README.md")
+    failed = [f"{o.part.title}: {o.error}" for o in outcomes if o.error]
+    if failed:
+        sys.exit("gpu-report: not everything ran through\n" + "\n".join(failed))

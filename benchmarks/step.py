@@ -1,0 +1,238 @@
+"""How long does a training step take, and where does the time go?
+
+Whole networks on MNIST shapes, one optimiser step of Adam on images that are there already, against
+the number of residual blocks, in interleaved rounds. Then, for the fused MoCapsNet with one block:
+
+- the share of each part of the network in a step, forward and backward, by PyTorch's profiler;
+- the two convolutions alone against the rate of a large matrix product, measured in the same run;
+- the data pipeline alone (random crops, normalisation), to see that it is not the limit.
+
+Convolutions in bfloat16 are timed where the device computes in it natively. Before anything is
+timed, every candidate's results and gradients are compared with an eager model in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from mocapsnet import CapsNet
+from mocapsnet.train import data
+
+from . import measure, report
+from .candidates import CANDIDATES, CHECKED, STYLES, batch_of, check, training_step
+from .shares import shares
+
+FUSED, BASELINE = "MoCapsNet, fused, reversible", "MoCapsNet, published"
+BFLOAT16 = "MoCapsNet, fused, bfloat16 convolutions"
+NAMES = (
+    "CapsNet, published",
+    "ResCapsNet, published",
+    BASELINE,
+    "CapsNet, fused",
+    "ResCapsNet, fused",
+    FUSED,
+)
+TARGETS = {FUSED: 2.7, BFLOAT16: 4.5}
+"""Times as fast as the baseline, one block, two processor cores, batch 128."""
+
+
+def results(model: CapsNet, batch: int) -> Iterator[Tensor | None]:
+    """What the network puts out and all its gradients, in the dtype of its parameters."""
+    weight = model.last.weight
+    images, pixels, labels = batch_of(batch, weight.device)
+    output = model(images.to(weight.dtype), labels)
+    error = (output.reconstruction - pixels).square().sum()
+    (output.lengths.square().sum() + error).backward()
+    yield from (output.capsules, output.reconstruction)
+    yield from (p.grad for p in model.parameters())
+
+
+def step_of(name: str, blocks: int, args: argparse.Namespace) -> measure.Run:
+    """A training step whose learning rate is zero, so that every round computes the same."""
+    model = CANDIDATES[FUSED if name == BFLOAT16 else name].build(blocks, args.channels)
+    model.to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    batch = batch_of(args.batch, args.device)
+    return training_step(model, optimizer, batch, bfloat16=name == BFLOAT16)
+
+
+def times(args: argparse.Namespace) -> list[report.Row]:
+    """One row per candidate and number of blocks."""
+    names = [*NAMES, BFLOAT16] if measure.has_bfloat16(args.device) else NAMES
+    runs = {(name, n): step_of(name, n, args) for name in names for n in args.blocks}
+    rows = []
+    for (name, blocks), values in measure.interleaved(runs, args.repetitions, args.device).items():
+        low, median, high = measure.quartiles(values)
+        rows.append(
+            {
+                "candidate": name,
+                "blocks": blocks,
+                "seconds": median,
+                "lower_quartile": low,
+                "upper_quartile": high,
+                "images_per_second": args.batch / median,
+            }
+        )
+    return rows
+
+
+def convolutions(args: argparse.Namespace) -> report.Row:
+    """Seconds and operations per second of both convolutions, forward and backward, alone."""
+    model = CANDIDATES[FUSED].build(0, args.channels).to(args.device)
+    images = batch_of(args.batch, args.device)[0]
+    features = model.convolutions(images)
+    gradient = torch.randn_like(features)
+    first, second = (c for c in model.convolutions if isinstance(c, nn.Conv2d))
+    middle = first(images)
+    # The images need no gradient; everything else is a product forward and two backward.
+    per_weight = {first: 2 * math.prod(middle.shape[2:]), second: 3 * features[0, 0].numel()}
+    operations = sum(2 * args.batch * n * c.weight.numel() for c, n in per_weight.items())
+
+    def run(bfloat16: bool) -> None:
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=bfloat16):
+            out = model.convolutions(images)
+        out.backward(gradient.to(out.dtype))
+
+    runs = {"float32": partial(run, False)}
+    if measure.has_bfloat16(args.device):
+        runs["bfloat16"] = partial(run, True)
+    seconds = measure.interleaved(runs, args.repetitions, args.device)
+    rates = measure.rates(args.device)
+    limits = {"float32": rates.matrix, "bfloat16": rates.matrix_bf16}
+    found: report.Row = {"operations": operations}
+    for name, values in seconds.items():
+        median = measure.quartiles(values)[1]
+        limit = limits[name]
+        assert limit is not None
+        found |= {
+            f"{name}_seconds": median,
+            f"{name}_rate": operations / median,
+            f"{name}_matrix_rate": limit,
+        }
+    return found
+
+
+def pipeline(args: argparse.Namespace) -> float:
+    """Images per second that the training loop's transforms deliver."""
+    count = 20 * args.batch
+    images = torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8)
+    images, labels = images.to(args.device), torch.zeros(count, dtype=torch.int64)
+    train_set = data.ImageSet(images, labels.to(args.device))
+
+    def epoch() -> None:
+        order, offsets = (t.to(args.device) for t in data.epoch_order(count, 2, 0, 0))
+        for share, crop in zip(order.split(args.batch), offsets.split(args.batch), strict=True):
+            data.training_batch(train_set, share, crop, 2)
+
+    seconds = measure.interleaved({"epoch": epoch}, args.repetitions, args.device)["epoch"]
+    return count / measure.quartiles(seconds)[1]
+
+
+def speedups(rows: list[report.Row], blocks: int) -> dict[str, float]:
+    """How many times as fast as the baseline, for the targets' candidates that were timed."""
+    seconds = {row["candidate"]: row["seconds"] for row in rows if row["blocks"] == blocks}
+    return {name: seconds[BASELINE] / seconds[name] for name in TARGETS if name in seconds}
+
+
+def describe(rows: list[report.Row], found: report.Row, args: argparse.Namespace) -> str:
+    """Markdown: times, targets, shares, convolutions, pipeline."""
+    blocks = args.blocks[0]
+    lines = [
+        [name, *(f"{1e3 * t:.1f}" for t in seconds), f"{args.batch / seconds[0]:,.0f}"]
+        for name, (_, seconds) in report.series(rows, "blocks", "seconds").items()
+    ]
+    header = ["candidate", *(f"ms, {n}" for n in args.blocks), f"images/s, {blocks}"]
+    parts = [
+        f"Training step, batch {args.batch}, {args.channels} channels: medians of "
+        f"{args.repetitions} interleaved rounds, against blocks\n\n{report.table(header, lines)}"
+    ]
+    parts += [
+        f"{name}, {blocks} block: {ratio:.2f} times as fast as {BASELINE} "
+        f"(wanted on two cores: {TARGETS[name]})."
+        for name, ratio in found["speedups"].items()
+    ]
+    if BFLOAT16 not in found["speedups"]:
+        parts.append(
+            "Convolutions in bfloat16 were not timed: this device has no bfloat16 instructions."
+        )
+    share = [
+        [part, f"{value:.1%}", f"{1e3 * value * found['step_seconds']:.1f}"]
+        for part, value in found["shares"].items()
+    ]
+    parts.append(
+        f"Shares of a step of {FUSED}, {blocks} block, by the profiler, and in ms of the step "
+        f"without it\n\n{report.table(['part', 'share', 'ms'], share)}"
+    )
+    convolution = found["convolutions"]
+    for name in ("float32", "bfloat16"):
+        if f"{name}_seconds" in convolution:
+            rate, limit = convolution[f"{name}_rate"], convolution[f"{name}_matrix_rate"]
+            parts.append(
+                f"Both convolutions alone in {name}, forward and backward: "
+                f"{1e3 * convolution[f'{name}_seconds']:.1f} ms, {rate / 1e9:,.0f} GFLOP/s; a "
+                f"large matrix product in the same run: {limit / 1e9:,.0f} GFLOP/s; "
+                f"ratio {rate / limit:.2f}."
+            )
+    parts.append(
+        f"The data pipeline alone delivers {found['pipeline']:,.0f} images/s, "
+        f"{found['pipeline'] * found['step_seconds'] / args.batch:,.0f} times what the step takes."
+    )
+    return "\n\n".join(parts)
+
+
+def draw(rows: list[report.Row], found: report.Row) -> Figure:
+    """Time against blocks; shares of a step."""
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    time, share = figure.subplots(1, 2, width_ratios=(1, 1))
+    medians = report.series(rows, "blocks", "seconds")
+    styles: dict[str, Any] = STYLES | {BFLOAT16: {"color": "C2"}}
+    report.lines(
+        time, {name: (x, [1e3 * t for t in y]) for name, (x, y) in medians.items()}, styles
+    )
+    time.set(title="training step", ylabel="ms")
+    time.legend(fontsize="small")
+    parts = dict(reversed(found["shares"].items()))
+    bars = share.barh(list(parts), [100 * value for value in parts.values()], color="C0")
+    share.bar_label(bars, fmt="%.1f", padding=3)
+    share.set(title=f"where a step of {FUSED} goes", xlabel="% of the time")
+    share.margins(x=0.12)
+    return figure
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser(__doc__, "step")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8], help="blocks")
+    parser.add_argument("--batch", type=int, default=128, help="images")
+    parser.add_argument("--channels", type=int, default=256, help="of both convolutions")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed rounds")
+    args = parser.parse_args(argv)
+    args.blocks = sorted(set(args.blocks))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    gate = {name: CANDIDATES[name] for name in NAMES}
+    checked = min(CHECKED, args.batch)
+    for blocks in args.blocks:
+        check(gate, blocks, args.channels, args.device, lambda model: results(model, checked))
+    rows = times(args)
+    model = CANDIDATES[FUSED].build(args.blocks[0], args.channels).to(args.device)
+    found: report.Row = {
+        "speedups": speedups(rows, args.blocks[0]),
+        "step_seconds": next(row["seconds"] for row in rows if row["candidate"] == FUSED),
+        "shares": shares(model, batch_of(args.batch, args.device), args.repetitions),
+        "convolutions": convolutions(args),
+        "pipeline": pipeline(args),
+    }
+    report.write(
+        args, "step", rows, [found], describe(rows, found, args), {"step": draw(rows, found)}
+    )

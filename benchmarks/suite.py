@@ -1,0 +1,42 @@
+"""All benchmarks one after another, with one page of their tables and pictures.
+
+Results go to benchmarks/results/MACHINE below the current folder, or where --output says. Nothing
+else should run on the machine meanwhile. One that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import report
+from .cli import QUESTIONS
+from .parts import benchmark, run_all
+
+NAMES = ("machine", "routing", "step", "depth", "memory", "reversal", "overhead", "static")
+LIMIT = 3600.0
+ON_CPU = ("overhead", "static")
+"""These have no --device."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__, "suite")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="benchmarks to run")
+    args = parser.parse_args(argv)
+    folder: Path = args.output or report.results_folder(args.device)
+    parts = [
+        benchmark(
+            QUESTIONS[name].capitalize(),
+            name,
+            "" if name in ON_CPU else f"--device {args.device}",
+            folder,
+            LIMIT,
+        )
+        for name in NAMES
+        if name in args.only
+    ]
+    outcomes = run_all(parts, folder, f"# {folder.name}", {}, len(parts) * LIMIT)
+    print(f"\nwritten: {folder}/README.md")
+    if any(outcome.error for outcome in outcomes):
+        sys.exit(1)
