@@ -56,7 +56,7 @@ def parts(folder: Path, scratch: Path, dry: bool) -> list[Part]:
             "--compiled none --repetitions 1 --shrink 32 --sweeps B --shapes 'block layer'",
         ),
         one("Training step", "step", 60, "--repetitions 10", SMALL_STEP),
-        one("Memory", "memory", 40, "", "--blocks 1 2 --batch 2 --channels 8"),
+        one("Memory", "memory", 40, "", "--blocks 1 2 --batch 2 --channels 8 --layers 2 4"),
         one("Depth", "depth", 40, "", "--blocks 1 2 --batch 2 --repetitions 1"),
         one(
             "Reversal",

@@ -9,6 +9,9 @@ one block and about 190 MB more per block, for MoCapsNet 4320 MB and 4 MB.
 sample; "einsum" without the copy; "checkpoint" computes every block again in backward. Published
 MoCapsNet is reversible. The table gives a block's cost also in units of four times the bytes of its
 parameters: parameters, gradients and Adam's two moments, which nobody can do without.
+
+Then a reversible stack alone, forward and backward, of up to 1,000 layers: peak beyond weight
+gradients and anchors, the stored states that stop rounding errors.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from mocapsnet import CapsuleLayer, MomentumStack
 
 from . import measure, report
 from .candidates import CANDIDATES, STYLES, Candidate, batch_of, training_step
@@ -37,6 +42,21 @@ def step_bytes(candidate: Candidate, blocks: int, args: argparse.Namespace) -> i
     gc.collect()
     beyond = measure.peak_bytes(training_step(model, optimizer, batch), args.device)
     return size_of([*model.parameters(), *state, *batch]) + beyond
+
+
+def activation_bytes(layers: int, batch: int, device: torch.device) -> int:
+    """Peak of forward and backward of a reversible stack of capsule layers, 32 of 8 components.
+
+    Beyond the capsules that enter, and less what depth must cost: weight gradients and anchors.
+    """
+    torch.manual_seed(0)
+    stack = MomentumStack([CapsuleLayer(32, 8, 32, 8) for _ in range(layers)]).to(device)
+    weights = list(stack.parameters())
+    x = torch.randn(batch, 32, 8, device=device, requires_grad=True)
+    g = torch.randn_like(x)
+    peak = measure.peak_bytes(lambda: torch.autograd.grad(stack(x), [x, *weights], g), device)
+    anchors = -(-layers // stack.spacing(x.dtype)) * 2 * x.nbytes
+    return peak - size_of(weights) - anchors
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -84,8 +104,10 @@ def describe(rows: list[report.Row], summary: list[report.Row], batch: int) -> s
             f"{row['times_published']:.3f}",
         ]
         for row in summary
+        if "candidate" in row
     ]
-    best = next(row for row in summary if row["candidate"] == "MoCapsNet, fused, reversible")
+    best = next(row for row in summary if row.get("candidate") == "MoCapsNet, fused, reversible")
+    deep = [[row["layers"], row["activation_bytes"]] for row in summary if "layers" in row]
     return "\n\n".join(
         [
             f"Peak of live tensors in one training step, batch {batch}, against blocks. Over its "
@@ -96,6 +118,9 @@ def describe(rows: list[report.Row], summary: list[report.Row], batch: int) -> s
             f"state (target at most {SLOPE_TARGET}); a step with {blocks} block takes "
             f"{best['times_published']:.3f} of published ResCapsNet's (target at most "
             f"{TOTAL_TARGET}).",
+            "The reversible stack alone, beyond weight gradients and anchors (target: at most 5 MB "
+            "more for 1000 layers than for 10):",
+            report.table(["layers", "MB"], [[n, f"{value / 1e6:.2f}"] for n, value in deep]),
         ]
     )
 
@@ -122,6 +147,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8], help="blocks")
     parser.add_argument("--batch", type=int, default=128, help="images")
     parser.add_argument("--channels", type=int, default=256, help="of both convolutions")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[10, 100, 1000], help="of the stack alone"
+    )
     return parser.parse_args(argv)
 
 
@@ -133,5 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             peak = step_bytes(candidate, blocks, args)
             rows.append({"candidate": name, "blocks": blocks, "peak_bytes": peak})
     summary = summarize(rows, unit(args))
+    for layers in sorted(args.layers):
+        activations = activation_bytes(layers, args.batch, args.device)
+        summary.append({"layers": layers, "activation_bytes": activations})
     text = describe(rows, summary, args.batch)
     report.write(args, "memory", rows, summary, text, {"memory": draw(rows)})

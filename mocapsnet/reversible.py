@@ -191,7 +191,7 @@ class MomentumStack(nn.Module):
         eps(dtype) ((2 - gamma) / gamma)^n <= target, the relative error of a reconstructed state.
         float32: target 2^-17 = 7.6e-6, amplification 64. float64 is chosen for exact gradients:
         target 2^-40 = 9.1e-13, amplification 4096, which leaves a factor of 1000 before gradients
-        are off by 1e-9. `python -m benchmarks.reversal` measures what comes of it.
+        are off by 1e-9. `mocapsnet benchmark reversal` measures what comes of it.
 
         gamma      0.5   0.9   0.99
         float32      3    20    207

@@ -17,6 +17,7 @@ from mocapsnet.benchmarks import (
     overhead,
     report,
     reversal,
+    routing_candidates,
     shares,
     step,
 )
@@ -77,11 +78,13 @@ def test_memory(tmp_path, monkeypatch):
     names = ["ResCapsNet, published", "ResCapsNet, einsum, checkpoint"]
     names += ["MoCapsNet, fused, reversible"]  # profiling all takes long
     monkeypatch.setattr(memory, "CANDIDATES", {n: memory.CANDIDATES[n] for n in names})
-    settings = "--blocks 1 2 --batch 8 --channels 8 --device cpu"
+    settings = "--blocks 1 2 --batch 8 --channels 8 --layers 2 10 --device cpu"
     memory.main([*settings.split(), "--output", str(tmp_path)])
     rows, summary = results(tmp_path, "memory")
     assert len(rows) == 2 * len(memory.CANDIDATES)
-    cost = {row["candidate"]: row for row in summary}
+    cost = {row["candidate"]: row for row in summary if "candidate" in row}
+    few, more = (row["activation_bytes"] for row in summary if "layers" in row)
+    assert few > 0 and abs(more - few) < 8 * 32 * 8 * 4  # not one x more
     assert cost["ResCapsNet, published"]["times_published"] == 1
     # a block's parameters, gradients and moments, and nothing else
     assert 1 <= cost["MoCapsNet, fused, reversible"]["slope_over_state"] < 1.1

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from mocapsnet import CapsuleLayer, MomentumStack, reversible
+from mocapsnet.benchmarks.memory import activation_bytes
 
 
 def layers(count, **options):
@@ -115,3 +116,12 @@ def test_weights_stay_parameters_of_their_layers():
     assert list(stack.state_dict()) == [f"layers.{n}.weight" for n in range(3)]
     stack(capsules()).sum().backward()
     assert all(layer.weight.grad.shape == layer.weight.shape for layer in stack.layers)
+
+
+@pytest.mark.slow
+def test_activation_memory_does_not_grow_with_depth(device):
+    """In forward and backward, beyond weight gradients and anchors; the benchmark has 1,000."""
+    ten, hundred = (activation_bytes(depth, 128, device) for depth in (10, 100))
+    assert ten > 0
+    # 5 MB are allowed for 1,000 layers; an x stored for each of these 90 would take 12 MB
+    assert abs(hundred - ten) <= 0.5e6
