@@ -120,12 +120,13 @@ def command(*words: str) -> str | None:
 def commit() -> str | None:
     """Short name of the git commit, with "-dirty" where tracked code differs from it.
 
-    None outside the repository. Results are no code: a benchmark may follow another.
+    None outside the repository. Results and texts are no code: a benchmark may follow another.
     """
     if not (HERE.parent / ".git").exists():
         return None
     name = command("git", "rev-parse", "--short", "HEAD")
-    changed = command("git", "status", "--porcelain", "-uno", "--", "..", ":!results")
+    exclude = (":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)*.md")
+    changed = command("git", "status", "--porcelain", "-uno", "--", "..", *exclude)
     return f"{name}-dirty" if name and changed else name
 
 
