@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,6 @@ from .measure import relative_error
 
 IMAGE, CLASSES = (1, 28, 28), 10
 TOLERANCE = 1e-4
-CHECKED = 8
-"""Samples that the correctness gate computes: samples are independent."""
 
 
 class Candidate(NamedTuple):
@@ -99,6 +97,24 @@ def training_step(
     return step
 
 
+def network_results(
+    model: CapsNet, *, batch: int, bfloat16: bool = False
+) -> Iterator[Tensor | None]:
+    """What the network puts out and all its gradients, in the dtype of its parameters.
+
+    A network in float32 computes its convolutions in bfloat16 if asked for.
+    """
+    weight = model.last.weight
+    bfloat16 &= weight.dtype == torch.float32
+    images, pixels, labels = batch_of(batch, weight.device)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        output = model(images.to(weight.dtype), labels)
+    error = (output.reconstruction - pixels).square().sum()
+    (output.lengths.square().sum() + error).backward()
+    yield from (output.capsules, output.reconstruction)
+    yield from (p.grad for p in model.parameters())
+
+
 def check(
     candidates: Mapping[str, Candidate],
     blocks: int,
@@ -108,9 +124,9 @@ def check(
 ) -> None:
     """Raises SystemExit unless every candidate is as close to float64 as eager code is.
 
-    That is `TOLERANCE` and twice the eager error in float32, which is larger in deep stacks
-    without shortcuts. `results` gives what a model, which may be in float64, puts out, and all
-    its gradients.
+    That is `TOLERANCE` and twice the eager error in the same precision, which is larger in deep
+    stacks without shortcuts. `results` gives what a model, which may be in float64, puts out, and
+    all its gradients.
     """
     known: dict[str, tuple[list[Any], list[float]]] = {}
 
@@ -120,7 +136,7 @@ def check(
     def errors(got: list[Any], truth: list[Any]) -> list[float]:
         return [relative_error(*pair) for pair in zip(got, truth, strict=True)]
 
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for name, candidate in candidates.items():
             if candidate.model not in known:
                 plain = Candidate(candidate.model, None, "stored")
@@ -133,5 +149,5 @@ def check(
                 if not error <= TOLERANCE + 2 * least:
                     sys.exit(
                         f"{name}, {blocks} blocks: relative error {error:.1e}, eager code "
-                        f"{least:.1e}; nothing was timed"
+                        f"{least:.1e}; nothing was measured"
                     )

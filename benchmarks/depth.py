@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from mocapsnet.layers import squashed
 from mocapsnet.model import HIDDEN_SUM_LENGTH
 
 from . import measure, report
-from .candidates import CANDIDATES, CHECKED, STYLES, Candidate, check
+from .candidates import CANDIDATES, STYLES, Candidate, check
 
 PHASES = ("training", "inference")
 RATIOS = {  # label: phase, numerator, denominator, what is wanted
@@ -67,7 +68,7 @@ def capsules(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return x.to(device).requires_grad_(), g.to(device)
 
 
-def results(model: CapsNet, batch: int) -> Iterator[Tensor | None]:
+def results(model: CapsNet, *, batch: int) -> Iterator[Tensor | None]:
     """What the stack puts out and all its gradients, in the dtype of its parameters."""
     weight = model.last.weight
     x, g = (t.detach().to(weight.dtype) for t in capsules(batch, weight.device))
@@ -205,9 +206,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    checked = min(CHECKED, args.batch)
     for blocks in args.blocks:
-        check(CANDIDATES, blocks, 8, args.device, lambda model: results(model, checked))
+        check(CANDIDATES, blocks, 8, args.device, partial(results, batch=args.batch))
     rows = times(args)
     summary = summarize(rows)
     text = describe(rows, summary, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import random
 import statistics
 import time
@@ -136,6 +137,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine().lower() in ("x86_64", "amd64"):  # oneDNN would emulate it on others
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -148,10 +151,11 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
         run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        # What was asked for: the allocator's blocks are larger, by how much depends on its past.
+        return torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_peak_bytes_cpu, run).result()
 

@@ -12,6 +12,9 @@ parameters: parameters, gradients and Adam's two moments, which nobody can do wi
 
 Then a reversible stack alone, forward and backward, of up to 1,000 layers: peak beyond weight
 gradients and anchors, the stored states that stop rounding errors.
+
+Before anything is measured, every candidate's results and gradients, with the fewest blocks, are
+compared with an eager model in float64; a failure ends the run without a table.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from matplotlib.figure import Figure
@@ -27,7 +31,15 @@ from torch import Tensor
 from mocapsnet import CapsuleLayer, MomentumStack
 
 from . import measure, report
-from .candidates import CANDIDATES, STYLES, Candidate, batch_of, training_step
+from .candidates import (
+    CANDIDATES,
+    STYLES,
+    Candidate,
+    batch_of,
+    check,
+    network_results,
+    training_step,
+)
 
 SLOPE_TARGET, TOTAL_TARGET = 1.1, 0.2
 
@@ -155,6 +167,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    results = partial(network_results, batch=args.batch)
+    check(CANDIDATES, min(args.blocks), args.channels, args.device, results)
     rows: list[report.Row] = []
     for name, candidate in CANDIDATES.items():
         for blocks in sorted(args.blocks):

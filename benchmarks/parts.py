@@ -6,6 +6,7 @@ is written anew after each, so nothing is lost if the whole is cut off.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -26,7 +27,7 @@ class Part(NamedTuple):
     title: str
     shown: str
     """The command as a user would type it."""
-    command: list[str]
+    command: tuple[str, ...]
     """What is run: a program and its arguments."""
     limit: float
     """Seconds."""
@@ -34,34 +35,48 @@ class Part(NamedTuple):
     """Name of the result files that the command writes, without ending."""
     tail: int = 0
     """Lines of output that belong into the page where there are no result files."""
+    cwd: Path | None = None
+    """Where it runs; where this process does if None."""
 
 
 class Outcome(NamedTuple):
     part: Part
     error: str | None
     """None if the command succeeded."""
-    seconds: float
+    seconds: float | None
+    """None if it was not run."""
     output: str
 
 
 def run_all(
-    parts: Sequence[Part], folder: Path, heading: str, environment: dict[str, str], seconds: float
+    parts: Sequence[Part],
+    folder: Path,
+    heading: str,
+    environment: dict[str, str],
+    seconds: float,
+    keep: Sequence[Part] = (),
 ) -> list[Outcome]:
-    """Runs the parts, which end together within `seconds`, and writes folder/README.md."""
+    """Runs the parts, which end together within `seconds`, and writes folder/README.md.
+
+    What is in `keep` is not run: the page shows the results that an earlier run left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
-    outcomes: list[Outcome] = []
+    outcomes: dict[Part, Outcome] = {part: Outcome(part, None, None, "") for part in keep}
     for part in parts:
+        if part in outcomes:
+            continue
         print(f"\n=== {part.title}: {part.shown}", flush=True)
         for old in results_of(part, folder):
             old.unlink()  # results of an earlier run must not pass for this one's
         outcome = run(part, environment, min(part.limit, end - time.monotonic()))
-        outcomes.append(outcome)
+        outcomes[part] = outcome
         ending = outcome.error or "done"
-        print(f"=== {part.title}: {ending}, {outcome.seconds:.0f} s", flush=True)
-        left = parts[len(outcomes) :]
-        (folder / "README.md").write_text(page(heading, outcomes, left, folder))
-    return outcomes
+        print(f"=== {part.title}: {ending}, {outcome.seconds or 0:.0f} s", flush=True)
+        known = [outcomes[part] for part in parts if part in outcomes]
+        left = [part for part in parts if part not in outcomes]
+        (folder / "README.md").write_text(page(heading, known, left, folder))
+    return [outcomes[part] for part in parts]
 
 
 def results_of(part: Part, folder: Path) -> list[Path]:
@@ -85,6 +100,7 @@ def run(part: Part, environment: dict[str, str], seconds: float) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=os.environ | environment,
+            cwd=part.cwd,
             start_new_session=True,
         )
     except OSError as reason:
@@ -94,26 +110,32 @@ def run(part: Part, environment: dict[str, str], seconds: float) -> Outcome:
     error: str | None = None
     os.set_blocking(process.stdout.fileno(), False)
     # A command may leave a grandchild that holds the pipe open: the process's end is what counts.
-    while True:
-        ended = process.poll() is not None
-        chunk = process.stdout.read()
-        if chunk:
-            output += chunk
-            sys.stdout.write(chunk.decode(errors="replace"))
-            sys.stdout.flush()
-        if ended:
-            break
-        if time.monotonic() > stop_at and error is None:
-            error = f"stopped after {seconds:.0f} s"
-            interrupt(process)
-        time.sleep(0.05)
+    try:
+        while True:
+            ended = process.poll() is not None
+            chunk = process.stdout.read()
+            if chunk:
+                output += chunk
+                sys.stdout.write(chunk.decode(errors="replace"))
+                sys.stdout.flush()
+            if ended:
+                break
+            if time.monotonic() > stop_at and error is None:
+                error = f"stopped after {seconds:.0f} s"
+                interrupt(process)
+            time.sleep(0.05)
+    finally:  # nothing that it started goes on, whatever ended it, Ctrl-C included
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if error is None and process.returncode != 0:
         error = f"failed with exit code {process.returncode}"
     return Outcome(part, error, time.monotonic() - start, output.decode(errors="replace"))
 
 
 def interrupt(process: subprocess.Popen[bytes], grace: float = 10.0) -> None:
-    """Asks a process group to end, as Ctrl-C does, so that it can sum up; then makes it."""
+    """Asks a process group to end, as Ctrl-C does, so that it can sum up if it knows how; then
+    makes it."""
     os.killpg(process.pid, signal.SIGINT)
     try:
         process.wait(grace)
@@ -136,7 +158,8 @@ def page(heading: str, outcomes: Sequence[Outcome], left: Sequence[Part], folder
 
 def section(outcome: Outcome, folder: Path) -> str:
     part, error, seconds, output = outcome
-    parts = [f"## {part.title}", f"`{part.shown}`, {seconds:.0f} s"]
+    took = "" if seconds is None else f", {seconds:.0f} s"
+    parts = [f"## {part.title}", f"`{part.shown}`{took}"]
     lines = output.replace("\r", "\n").rstrip().splitlines()
     if error:
         parts.append(f"**{error[0].upper()}{error[1:]}.** Its last lines:" if lines else error)
@@ -155,15 +178,13 @@ def fenced(lines: Sequence[str]) -> str:
     return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
 
 
-def benchmark(
-    title: str, name: str, options: str, folder: Path, limit: float, results: bool = True
-) -> Part:
+def benchmark(title: str, name: str, options: str, folder: Path, limit: float) -> Part:
     """A part that is one of the benchmarks, with its results in `folder`."""
     words = ["benchmark", name, *shlex.split(options)]
     return Part(
         title,
         shlex.join(["mocapsnet", *words]),
-        [sys.executable, "-m", "mocapsnet.train", *words, "--output", str(folder)],
+        (sys.executable, "-m", "mocapsnet.train", *words, "--output", str(folder)),
         limit,
-        results=name if results else None,
+        results=name,
     )

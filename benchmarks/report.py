@@ -39,13 +39,26 @@ def parser(doc: str | None, name: str, *, device: bool = True) -> argparse.Argum
     )
     if device:
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        made.add_argument("--device", type=torch.device, default=default, help="where to run")
+        made.add_argument("--device", type=device_of, default=default, help="where to run")
     else:
         made.set_defaults(device=torch.device("cpu"))
     made.add_argument(
         "--output", type=Path, help="folder for results (default: benchmarks/results/MACHINE)"
     )
     return made
+
+
+def device_of(text: str) -> torch.device:
+    """A device that is there; a GPU becomes the current one."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("PyTorch finds no CUDA device here; use cpu")
+        torch.cuda.set_device(device)
+    return device
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -85,7 +98,10 @@ def machine(device: torch.device) -> Row:
 
 def title(machine: Row) -> str:
     """The machine in one line."""
-    gpu = f"CUDA {machine['cuda']}, driver {machine['driver']}"
+    gpu = (
+        f"CUDA {machine['cuda']}, driver {machine['driver']}, on {machine['processor']}, "
+        f"convolutions at {machine['convolution_precision']!r}"
+    )
     where = gpu if machine["cuda"] else f"{machine['threads']} threads, {machine['instructions']}"
     return (
         f"{machine['device']}, {where}, torch {machine['torch']}, triton {machine['triton']}, "

@@ -4,7 +4,8 @@ Routing by agreement, forward and backward, float32, for the shapes of the paper
 the batch B, the input capsules N and the output capsules J. Candidates: the published code's
 broadcast matrix product, einsum, both compiled by torch.compile (its default and max-autotune,
 compiled anew for every shape), and the library's backends; on a GPU all but the compiled ones also
-replayed as a CUDA graph. They take turns within one run. Before anything is timed, the result and
+replayed as a CUDA graph, without the time that Python takes to launch kernels. All are warm before
+any of them is timed, and they take turns. Before anything is timed, the result and
 gradients of every candidate are compared with the float64 reference on the very inputs; a failure
 ends the run without a table.
 
@@ -29,11 +30,11 @@ from .routing_candidates import Candidate, candidates, forward_backward, problem
 from .routing_pictures import draw, roofline
 
 SHAPES = {  # B, N, K, J, D
-    "layer 1, MNIST": (128, 1152, 8, 32, 8),
-    "layer 1, CIFAR-10": (128, 2048, 8, 32, 8),
-    "block layer": (128, 32, 8, 32, 8),
-    "layer 2, 10 classes": (128, 32, 8, 10, 16),
-    "layer 2, 100 classes": (128, 32, 8, 100, 16),
+    "layer1-mnist": (128, 1152, 8, 32, 8),
+    "layer1-cifar": (128, 2048, 8, 32, 8),
+    "block": (128, 32, 8, 32, 8),
+    "layer2-10-classes": (128, 32, 8, 10, 16),
+    "layer2-100-classes": (128, 32, 8, 100, 16),
 }
 SWEEPS = {  # around 128 samples, 288 input capsules, 32 output capsules
     "B": [(b, 288, 8, 32, 8) for b in (1, 8, 32, 128, 512)],
@@ -50,20 +51,26 @@ TARGETS = {PUBLISHED: 15.0, EINSUM: 3.5}
 """How many times as fast as these the library shall be in layer 1, on two processor cores."""
 
 
-def check(shape: tuple[int, ...], these: dict[str, Candidate], device: torch.device) -> None:
+def check(shape: tuple[int, ...], these: dict[str, Candidate], device: torch.device) -> list[str]:
     """Raises SystemExit unless every candidate agrees with the float64 reference.
 
     A candidate may be off by `TOLERANCE`, relative, norm of the difference over norm of the truth.
+    Returns: candidates that ran out of memory.
     """
     u, W, g = problem(shape, device)
-    doubles = [t.detach().double() for t in (u, W, g)]
-    truth = sums(shape, *doubles)
+    truth = sums(shape, *(t.detach().double() for t in (u, W, g)))
+    too_large = []
     for name, run in these.items():
-        found = forward_backward(run.route, u, W, g) if run.graph is None else run.graph()
+        try:
+            found = forward_backward(run.route, u, W, g) if run.graph is None else run.graph()
+        except torch.OutOfMemoryError:
+            too_large.append(name)
+            continue
         for x, t in zip(found, truth, strict=True):
             error = measure.relative_error(x, t)
             if not error <= TOLERANCE:
-                sys.exit(f"{name}, {shape}: relative error {error:.1e}; nothing was timed")
+                sys.exit(f"{name}, {shape}: relative error {error:.1e}; nothing was measured")
+    return too_large
 
 
 def sums(shape: tuple[int, ...], u: Tensor, W: Tensor, g: Tensor) -> list[Tensor]:
@@ -115,16 +122,22 @@ def timed(
     return seconds
 
 
-def measured(args: argparse.Namespace) -> list[report.Row]:
-    """One row per shape, candidate and phase."""
-    rows = []
-    for group, label, shape in cases(args):
+def measured(args: argparse.Namespace) -> Iterator[list[report.Row]]:
+    """For every shape a row per candidate and phase, in the candidates' order."""
+    for n, (group, label, shape) in enumerate(cases(args)):
         print(f"{label} {shape}", file=sys.stderr, flush=True)
-        compiled = args.compiled == "all" or (args.compiled == "paper" and group == "paper")
-        these, missing = candidates(shape, args.device, compiled)
-        check(shape, these, args.device)
-        for (name, phase), values in timed(these, shape, args).items():
-            low, median, high = measure.quartiles(values)
+        wanted = {"all": True, "paper": group == "paper", "first": n == 0, "none": False}
+        these, missing = candidates(shape, args.device, wanted[args.compiled])
+        for name in check(shape, these, args.device):
+            missing[name] = "out of memory"
+            del these[name]
+        rows: list[report.Row] = []
+        seconds = timed(these, shape, args)
+        peaks = {name: peak(run, shape, args.device) for name, run in these.items()}
+        for name, phase in [(name, phase) for name in these for phase in PHASES]:
+            if (name, phase) not in seconds:
+                continue
+            low, median, high = measure.quartiles(seconds[name, phase])
             operations, bytes_ = work(shape, phase)
             rows.append(
                 {
@@ -138,20 +151,21 @@ def measured(args: argparse.Namespace) -> list[report.Row]:
                     "upper_quartile": high,
                     "flop_per_second": operations / median,
                     "bytes_per_second": bytes_ / median,
-                    "peak_bytes": peak(these[name], shape, args.device),
+                    "peak_bytes": peaks[name],
                 }
             )
         rows += [
             {"group": group, "label": label, "candidate": name, "error": reason}
             for name, reason in missing.items()
         ]
+        del these  # graphs and compiled code keep memory
         torch.compiler.reset()
-    return rows
+        yield rows
 
 
 def peak(run: Candidate, shape: tuple[int, ...], device: torch.device) -> int | None:
-    """Peak of live tensor bytes beyond the inputs, forward and backward; graphs keep their own."""
-    if run.graph is not None:
+    """Peak of live tensor bytes beyond the inputs, forward and backward, where it can be told."""
+    if run.own_pool:
         return None
     u, W, g = problem(shape, device)
     return measure.peak_bytes(lambda: forward_backward(run.route, u, W, g), device)
@@ -177,10 +191,13 @@ def summarize(rows: list[report.Row]) -> list[report.Row]:
     for label in dict.fromkeys(row["label"] for row in rows):
         for phase in PHASES:
             names = [name for name in FUSED if (label, name, phase) in found]
+            if not names:
+                continue
             fused = found[label, names[0], phase]
             ratios = {
                 f"times_{name}": found[label, name, phase]["seconds"] / fused["seconds"]
                 for name in TARGETS
+                if (label, name, phase) in found
             }
             summary.append({"label": label, "phase": phase, "routing": names[0]} | ratios)
     return summary
@@ -226,6 +243,7 @@ def describe(
             f"{first['label']}: {first[f'times_{name}']:.1f} times as fast as {name} "
             f"(wanted on two cores: {wanted})."
             for name, wanted in TARGETS.items()
+            if f"times_{name}" in first
         ]
     failed = [f"{r['label']}, {r['candidate']}: {r['error']}" for r in rows if "error" in r]
     return "\n\n".join(parts + (["Not timed: " + "; ".join(failed)] if failed else []))
@@ -242,9 +260,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--compiled",
-        choices=("none", "paper", "all"),
+        choices=("none", "first", "paper", "all"),
         default="paper",
-        help="for which shapes torch.compile is tried; it takes most of the run",
+        help="for which shapes torch.compile is tried, which takes most of the run: none, the "
+        "first, those of the paper, all",
     )
     parser.add_argument(
         "--shrink", type=int, default=1, help="divide B, N and J by this, to try the command"
@@ -255,10 +274,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     rates = measure.rates(args.device, size=3072 // (64 if interpreting() else 1))
-    rows = measured(args)
-    summary = summarize(rows)
-    text = describe(rows, summary, rates, args.repetitions)
-    pictures = {"routing_roofline": roofline(rows, rates)}
-    if args.sweeps:
-        pictures = {"routing": draw(rows, args.sweeps)} | pictures
-    report.write(args, "routing", rows, [*summary, rates._asdict()], text, pictures)
+    rows: list[report.Row] = []
+    interrupted = False
+    try:
+        for some in measured(args):
+            rows += some
+    except KeyboardInterrupt:
+        interrupted = True
+    if any("phase" in row for row in rows):
+        summary = summarize(rows)
+        text = describe(rows, summary, rates, args.repetitions)
+        if interrupted:
+            text += "\n\n**Interrupted: the shapes that were left are missing.**"
+        pictures = {}
+        if any(row["group"] != "paper" for row in rows):
+            pictures["routing"] = draw(rows)
+        if any(row["group"] == "paper" for row in rows):
+            pictures["routing_roofline"] = roofline(rows, rates)
+        report.write(args, "routing", rows, [*summary, rates._asdict()], text, pictures)
+    if interrupted:
+        raise KeyboardInterrupt

@@ -25,6 +25,8 @@ class Candidate(NamedTuple):
 
     route: Route
     graph: Callable[[], list[Tensor]] | None = None
+    own_pool: bool = False
+    """Whether its memory is not the allocator's to count."""
 
 
 def problem(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +86,7 @@ def warmed(route: Route, mode: str, shape: tuple[int, ...], device: torch.device
         warnings.simplefilter("ignore")  # advice on precision, which is the caller's choice
         for _ in range(3):  # max-autotune records its CUDA graphs in the first calls
             forward_backward(compiled, *problem(shape, device))
-    return Candidate(compiled)
+    return Candidate(compiled, own_pool=device.type == "cuda" and mode == "max-autotune")
 
 
 def graphed(route: Route, shape: tuple[int, ...], device: torch.device) -> Candidate:
@@ -100,8 +102,9 @@ def graphed(route: Route, shape: tuple[int, ...], device: torch.device) -> Candi
     with torch.cuda.graph(graph):
         kept = forward_backward(route, u, W, g)
 
-    def replay() -> list[Tensor]:
+    def replay(held: tuple[Tensor, ...] = (u, W, g)) -> list[Tensor]:
+        """`held` keeps the inputs where the graph reads them."""
         graph.replay()
         return kept
 
-    return Candidate(route, replay)
+    return Candidate(route, replay, own_pool=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -26,8 +25,9 @@ STYLES: dict[str, dict[str, Any]] = {  # colour: code; line: compiled, or a CUDA
 NAMES = {"B": "samples", "N": "input capsules", "J": "output capsules"}
 
 
-def draw(rows: list[report.Row], sweeps: Sequence[str]) -> Figure:
+def draw(rows: list[report.Row]) -> Figure:
     """Time and peak memory of forward and backward against each size that was swept."""
+    sweeps = [name for name in NAMES if any(row["group"] == name for row in rows)]
     figure = Figure(figsize=(4.6 * len(sweeps) + 3, 8), layout="constrained")
     panels = figure.subplots(2, len(sweeps), squeeze=False)
     for (above, below), letter in zip(panels.T, sweeps, strict=True):
@@ -39,8 +39,9 @@ def draw(rows: list[report.Row], sweeps: Sequence[str]) -> Figure:
                 for name, (x, y) in report.series(present, letter, column).items()
             }
             report.lines(axes, found, STYLES, xlabel=f"{letter}, {NAMES[letter]}")
+            sizes = sorted({size for x, _ in found.values() for size in x})
             axes.set_xscale("log")
-            axes.set_xticks(axes.get_xticks(), [f"{x:g}" for x in axes.get_xticks()])
+            axes.set_xticks(sizes, [f"{size}" for size in sizes])
             axes.minorticks_off()
         above.set_ylabel("forward and backward, ms")
         below.set_ylabel("peak beyond the inputs, MB")
@@ -59,9 +60,8 @@ def roofline(rows: list[report.Row], rates: measure.Rates) -> Figure:
     axes = figure.subplots()
     points = [row for row in rows if row.get("phase") == "both" and row["group"] == "paper"]
     intensity = [row["flop_per_second"] / row["bytes_per_second"] for row in points]
-    ends = (min(intensity) / 2, max(max(intensity), rates.matrix / rates.copy) * 4)
     corner = rates.matrix / rates.copy
-    roof = sorted({*ends, min(max(corner, ends[0]), ends[1])})
+    roof = [min(corner, *intensity) / 2, corner, max(corner, *intensity) * 2]
     heights = [min(rates.matrix, rates.copy * x) / 1e9 for x in roof]
     axes.plot(roof, heights, color="black", label="a large copy, a large float32 matrix product")
     for name in dict.fromkeys(row["candidate"] for row in points):
@@ -75,17 +75,24 @@ def roofline(rows: list[report.Row], rates: measure.Rates) -> Figure:
             fillstyle="none" if "max" in name else "full",
             label=name,
         )
-    top = 1.5 * max(heights)
-    for label in dict.fromkeys(row["label"] for row in points):
-        x = next(x for x, row in zip(intensity, points, strict=True) if row["label"] == label)
+    bottom = min(row["flop_per_second"] for row in points) / 1e9 / 30
+    labels: dict[float, list[str]] = {}
+    for x, row in zip(intensity, points, strict=True):  # shapes as good as equal share a label
+        near = next((at for at in labels if abs(at / x - 1) < 0.08), x)
+        if row["label"] not in labels.setdefault(near, []):
+            labels[near].append(row["label"])
+    for x, names in labels.items():
         axes.axvline(x, color="gray", linewidth=0.4, zorder=0)
-        axes.annotate(label, (x, top), rotation=30, fontsize="small")
+        axes.annotate(
+            "\n".join(names), (x, bottom), rotation=90, fontsize="small", ha="right", va="bottom"
+        )
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="operations per byte, as the equations ask for",
         ylabel="GFLOP/s",
-        title="routing, forward and backward\n\n\n",
+        title="routing, forward and backward",
+        ylim=(bottom, None),
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)

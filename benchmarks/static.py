@@ -171,9 +171,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--architecture",
         nargs="+",
         choices=ARCHITECTURES,
-        default=["80", "90"],
+        default=list(ARCHITECTURES),
         metavar="A",
-        help="compute capabilities, as 80 90, or gfx942 (AMD); all: " + " ".join(ARCHITECTURES),
+        help="compute capabilities, as 80 90, or gfx942 (AMD)",
     )
     parser.add_argument(
         "--dtype",

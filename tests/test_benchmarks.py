@@ -145,7 +145,7 @@ SMALL_ROUTING = "--repetitions 1 --shrink 32 --device cpu --sweeps B --shapes".s
 
 def test_routing(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "rates", lambda device, size: measure.Rates(1e10, 1e11, None))
-    options = [*SMALL_ROUTING, "layer 1, MNIST", "block layer", "--compiled", "none"]
+    options = [*SMALL_ROUTING, "layer1-mnist", "block", "--compiled", "none"]
     routing_benchmark.main([*options, "--output", str(tmp_path)])
     rows, summary = results(tmp_path, "routing")
     assert (tmp_path / "routing_roofline.png").exists()
@@ -155,6 +155,17 @@ def test_routing(tmp_path, monkeypatch):
         operations, bytes_ = routing_benchmark.work(tuple(row[x] for x in "BNKJD"), row["phase"])
         assert row["flop_per_second"] == pytest.approx(operations / row["seconds"])
         assert row["bytes_per_second"] == pytest.approx(bytes_ / row["seconds"])
+    first = next(r for r in summary if (r["label"], r["phase"]) == ("layer1-mnist", "both"))
+    seconds = {
+        r["candidate"]: r["seconds"]
+        for r in rows
+        if (r["label"], r["phase"]) == ("layer1-mnist", "both")
+    }
+    assert first["routing"] == "triton"  # under the interpreter; a GPU's default
+    assert first["times_einsum"] == pytest.approx(seconds["einsum"] / seconds["triton"])
+    assert first["times_published"] == pytest.approx(seconds["published"] / seconds["triton"])
+    votes = {r["candidate"]: r["peak_bytes"] for r in rows if r["label"] == "layer1-mnist"}
+    assert 4 * 36 * 8 * 4 * 4 < votes["einsum"] < votes["published"]  # B N D J of 4 bytes
     # layer 1: 28 multiply-adds per component of a vote forward, 18 backward
     assert routing_benchmark.work((1, 1, 8, 1, 1), "forward")[0] == 2 * 28
     assert routing_benchmark.work((1, 1, 8, 1, 1), "both")[0] == 2 * (28 + 18)
@@ -164,7 +175,7 @@ def test_routing(tmp_path, monkeypatch):
 def test_routing_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "rates", lambda device, size: measure.Rates(1e10, 1e11, None))
     options = ["--repetitions", "1", "--shrink", "32", "--device", "cpu", "--sweeps"]
-    options += ["--shapes", "block layer", "--compiled", "paper"]
+    options += ["--shapes", "block", "--compiled", "paper"]
     modes = {"compiled": "default", "compiled, broken": "no such mode"}
     monkeypatch.setattr(routing_candidates, "MODES", modes)
     routing_benchmark.main([*options, "--output", str(tmp_path)])
@@ -177,9 +188,62 @@ def test_routing_compiled(tmp_path, monkeypatch):
     assert "Not timed" in (tmp_path / "routing.md").read_text()
 
 
+def test_routing_with_what_a_gpu_adds(tmp_path, monkeypatch):
+    """Replays of a graph, candidates that run out of memory, an interrupted run."""
+    monkeypatch.setattr(measure, "rates", lambda device, size: measure.Rates(1e10, 1e11, None))
+    made = []
+
+    def candidates(shape, device, compiled):
+        if made:
+            raise KeyboardInterrupt  # the second shape
+        inputs = routing_candidates.problem(shape, device)
+
+        def replay():
+            return routing_candidates.forward_backward(routing, *inputs)
+
+        def too_large(u, W):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        made.append(shape)
+        plain = {"published": networks.PUBLISHED, "einsum": too_large, "chunked": routing}
+        these = {name: routing_candidates.Candidate(route) for name, route in plain.items()}
+        these["chunked, CUDA graph"] = routing_candidates.Candidate(routing, replay, own_pool=True)
+        return these, {"triton": "no reason"}
+
+    monkeypatch.setattr(routing_benchmark, "candidates", candidates)
+    options = [*SMALL_ROUTING[:-1], "--shapes", "block", "layer2-10-classes"]
+    with pytest.raises(KeyboardInterrupt):
+        routing_benchmark.main([*options, "--output", str(tmp_path)])
+    rows, (first, *_) = results(tmp_path, "routing", picture=False)
+    timed = [(row["candidate"], row["phase"]) for row in rows if "phase" in row]
+    assert timed == [
+        *(("published", phase) for phase in routing_benchmark.PHASES),
+        *(("chunked", phase) for phase in routing_benchmark.PHASES),
+        ("chunked, CUDA graph", "both"),
+    ]
+    assert rows[6]["peak_bytes"] is None and rows[5]["peak_bytes"] > 0
+    failed = {row["candidate"]: row["error"] for row in rows if "error" in row}
+    assert failed == {"triton": "no reason", "einsum": "out of memory"}
+    assert "times_published" in first and "times_einsum" not in first
+    text = (tmp_path / "routing.md").read_text()
+    assert "block, einsum: out of memory" in text and "Interrupted" in text
+    assert (tmp_path / "routing_roofline.png").exists()
+
+
+def test_gate_looks_at_a_graph_s_own_results(monkeypatch):
+    shape, cpu = (2, 3, 4, 5, 6), torch.device("cpu")
+    right = routing_candidates.forward_backward(routing, *routing_candidates.problem(shape, cpu))
+    for n in range(3):
+        wrong = [1.001 * x if n == i else x for i, x in enumerate(right)]
+        these = {"graph": routing_candidates.Candidate(routing, lambda wrong=wrong: wrong)}
+        with pytest.raises(SystemExit, match="graph, .*: relative error 1.0e-03"):
+            routing_benchmark.check(shape, these, cpu)
+
+
 WRONG = [
     lambda u, W, iterations=3: 1.001 * networks.EINSUM(u, W, iterations),  # a result
     lambda u, W, iterations=3: networks.EINSUM(u.detach() + 0 * u, W, iterations),  # a gradient
+    lambda u, W, iterations=3: networks.EINSUM(u, W.detach() + 0 * W, iterations),
 ]
 
 
@@ -190,7 +254,7 @@ def test_gate_stops_a_wrong_network(tmp_path, monkeypatch, capsys, benchmark, sm
     changed = networks.CANDIDATES[name]._replace(routing=wrong)
     monkeypatch.setitem(networks.CANDIDATES, name, changed)
     settings = f"{small} --blocks 1 --batch 2 --repetitions 1 --device cpu"
-    with pytest.raises(SystemExit, match=f"{name}, 1 blocks: .* nothing was timed"):
+    with pytest.raises(SystemExit, match=f"{name}, 1 blocks: .* nothing was measured"):
         benchmark.main([*settings.split(), "--output", str(tmp_path)])
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
@@ -198,9 +262,9 @@ def test_gate_stops_a_wrong_network(tmp_path, monkeypatch, capsys, benchmark, sm
 @pytest.mark.parametrize("wrong", WRONG)
 def test_gate_stops_wrong_routing(tmp_path, monkeypatch, capsys, wrong):
     monkeypatch.setitem(routing_candidates.EAGER, "einsum", wrong)
-    with pytest.raises(SystemExit, match="einsum, .*: relative error .* nothing was timed"):
+    with pytest.raises(SystemExit, match="einsum, .*: relative error .* nothing was measured"):
         routing_benchmark.main(
-            [*SMALL_ROUTING, "block layer", "--compiled", "none", "--output", str(tmp_path)]
+            [*SMALL_ROUTING, "block", "--compiled", "none", "--output", str(tmp_path)]
         )
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
@@ -217,7 +281,7 @@ def test_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "rates", lambda device: measured)
     machine.main(["--device", "cpu", "--output", str(tmp_path)])
     (row,), _ = results(tmp_path, "machine", picture=False)
-    assert row["matrix"] == measured.matrix and row["commit"]
+    assert row["matrix"] == measured.matrix and row["torch"] == torch.__version__
 
 
 def test_guard_passes_and_fails(monkeypatch, capsys):
@@ -237,6 +301,21 @@ def test_guard_measures(monkeypatch):
     args.repetitions = 2
     found = [*guard.routing_ratios(args), *guard.stack_ratios(args)]
     assert len(found) == 5 and all(0 < ratio.value < 10 for ratio in found)
+
+
+def test_guard_compares_within_a_round():
+    seconds = {"ours": [1.0, 2.0, 30.0], "theirs": [2.0, 8.0, 60.0]}
+    assert guard.over(seconds, "ours", "theirs") == 0.5
+    assert guard.over(seconds, "theirs", "ours") == 2
+
+
+def test_bad_devices_are_refused(capsys):
+    for device, message in [("gpu", "'gpu' is no device"), ("cuda", "no CUDA device")]:
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        with pytest.raises(SystemExit):
+            memory.main(["--device", device])
+        assert message in capsys.readouterr().err
 
 
 def test_every_benchmark_explains_itself(capsys):
@@ -271,7 +350,8 @@ def test_interleaved_takes_turns():
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
     seconds = measure.interleaved(runs, 3, torch.device("cpu"))
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
-    assert all(set(order[n : n + 3]) == set("abc") for n in range(0, 12, 3))
+    rounds = ["".join(order[n : n + 3]) for n in range(0, 12, 3)]
+    assert all(set(one) == set("abc") for one in rounds) and len(set(rounds)) > 1
 
 
 def test_slope_and_quartiles():

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(title, code, limit=60.0, **options):
-    return Part(title, f"python {title}", [sys.executable, "-c", code], limit, **options)
+    return Part(title, f"python {title}", (sys.executable, "-c", code), limit, **options)
 
 
 WRITES = """
@@ -46,7 +46,7 @@ def test_page_of_everything_that_can_happen(tmp_path, monkeypatch, capsys):
     interrupt = parts.interrupt
     monkeypatch.setattr(parts, "interrupt", lambda process: interrupt(process, grace=0.5))
     (tmp_path / "lost.md").write_text("an old result")
-    missing = Part("Missing", "nothing", [str(tmp_path / "no such program")], 60)
+    missing = Part("Missing", "nothing", (str(tmp_path / "no such program"),), 60)
     sections = [
         python("Good", WRITES.format(str(tmp_path)), results="good"),
         python("Text", "print('first\\nlast')", tail=1),
@@ -106,7 +106,7 @@ def test_parts_of_the_true_report_fit_into_ten_minutes(tmp_path):
     for part in true:
         assert "cpu" not in part.shown
         if part.results:  # the options exist: the parser gets past them to --help
-            command = [*part.command, "--help"]
+            command = ["cpu" if word == "cuda" else word for word in part.command] + ["--help"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0 and part.results in done.stdout, done.stderr
 
@@ -131,7 +131,25 @@ def test_dry_run(tmp_path, monkeypatch):
         if part.results:
             assert (tmp_path / f"{part.results}.csv").exists()
     assert "triton" in (tmp_path / "routing.csv").read_text()
-    assert " passed" in page and "test accuracy" in page
+    assert " passed" in page and "test loss" in page and "run holds:" in page
+    assert "einsum, compiled" in (tmp_path / "routing.csv").read_text()
+
+
+def test_report_names_what_failed(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="Machine: not run: no time was left"):
+        gpu_report.main(["--dry-run", "--minutes", "0", "--output", str(tmp_path)])
+    assert (
+        "Not everything ran through: see Machine, Tests, " in (tmp_path / "README.md").read_text()
+    )
+
+
+def test_what_is_kept_is_shown_and_not_run(tmp_path):
+    (tmp_path / "kept.md").write_text("| from before |")
+    kept = python("Kept", "raise SystemExit(1)", results="kept")
+    run_all([kept, python("New", "pass")], tmp_path, "# Heading", {}, 60, keep=[kept])
+    page = (tmp_path / "README.md").read_text()
+    assert "## Kept\n\n`python Kept`\n\n| from before |\n\n## New\n\n`python New`, 0 s" in page
 
 
 def test_suite(tmp_path, monkeypatch, capsys):

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"mocapsnet: not installed: {', '.join(missing)}; training needs "
+            f"mocapsnet: not installed: {', '.join(missing)}; mocapsnet needs "
             'pip install "mocapsnet[train]"',
             file=sys.stderr,
         )
