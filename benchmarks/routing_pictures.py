@@ -22,6 +22,7 @@ STYLES: dict[str, dict[str, Any]] = {  # colour: code; line: compiled, or a CUDA
     "triton": {"color": "C2"},
     "triton, CUDA graph": {"color": "C2", "linestyle": ":"},
 }
+MARKERS = {"max-autotune": "2", "compiled": "x", "graph": "+"}  # the first that is in the name
 NAMES = {"B": "samples", "N": "input capsules", "J": "output capsules"}
 
 
@@ -69,10 +70,9 @@ def roofline(rows: list[report.Row], rates: measure.Rates) -> Figure:
         axes.plot(
             [x for x, _ in some],
             [row["flop_per_second"] / 1e9 for _, row in some],
-            marker="x" if "compiled" in name else "+" if "graph" in name else "o",
+            marker=next((m for kind, m in MARKERS.items() if kind in name), "o"),
             linestyle="",
             color=STYLES[name]["color"],
-            fillstyle="none" if "max" in name else "full",
             label=name,
         )
     bottom = min(row["flop_per_second"] for row in points) / 1e9 / 30
@@ -81,11 +81,10 @@ def roofline(rows: list[report.Row], rates: measure.Rates) -> Figure:
         near = next((at for at in labels if abs(at / x - 1) < 0.08), x)
         if row["label"] not in labels.setdefault(near, []):
             labels[near].append(row["label"])
-    for x, names in labels.items():
+    for n, (x, names) in enumerate(sorted(labels.items())):
         axes.axvline(x, color="gray", linewidth=0.4, zorder=0)
-        axes.annotate(
-            "\n".join(names), (x, bottom), rotation=90, fontsize="small", ha="right", va="bottom"
-        )
+        place = (x, bottom * 1.3 * 2**n)  # one below the other: shapes lie close together
+        axes.annotate(", ".join(names) + " ", place, fontsize="small", ha="right")
     axes.set(
         xscale="log",
         yscale="log",
