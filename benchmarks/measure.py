@@ -143,35 +143,45 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Peak of live tensor bytes beyond those alive before the call, counted by the allocator.
+    """Peak of live tensor bytes beyond those alive before the call, counted by the allocator."""
+    return memory_of(run, device)[0]
 
-    On a CPU the call has a thread of its own: operations keep workspaces per thread, and one from
-    an earlier call would not be counted.
+
+def memory_of(run: Run, device: torch.device) -> tuple[int, int]:
+    """Peak of live tensor bytes, and those that the call's result still holds.
+
+    Both are beyond those alive before the call, and counted by the allocator. On a CPU the call has
+    a thread of its own: operations keep workspaces per thread, and one from an earlier call would
+    not be counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
-        run()
+        result = run()
         torch.cuda.synchronize(device)
         # What was asked for: the allocator's blocks are larger, by how much depends on its past.
-        return torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before
+        after = torch.cuda.memory_stats(device)
+        del result
+        current, peak = (after[f"requested_bytes.all.{name}"] for name in ("current", "peak"))
+        return peak - before, current - before
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_peak_bytes_cpu, run).result()
+        return thread.submit(_memory_of_cpu, run).result()
 
 
-def _peak_bytes_cpu(run: Run) -> int:
+def _memory_of_cpu(run: Run) -> tuple[int, int]:
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        run()
+        result = run()
+    del result  # after the profile's end
     results = profile.profiler.kineto_results  # type: ignore[union-attr]
     live = peak = 0
     for event in sorted(results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    return peak
+    return peak, live
 
 
 def relative_error(x: Tensor | None, truth: Tensor) -> float:

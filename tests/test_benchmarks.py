@@ -89,6 +89,9 @@ def test_memory(tmp_path, monkeypatch):
     # a block's parameters, gradients and moments, and nothing else
     assert 1 <= cost["MoCapsNet, fused, reversible"]["slope_over_state"] < 1.1
     assert cost["MoCapsNet, fused, reversible"]["times_published"] < 1
+    # forward keeps nothing of a reversible block, of others at least the votes, B N J D of 4 bytes
+    assert abs(cost["MoCapsNet, fused, reversible"]["kept_per_block"]) < 1000
+    assert cost["ResCapsNet, published"]["kept_per_block"] > 2 * 8 * 32 * 32 * 8 * 4
 
 
 def test_depth(tmp_path):
