@@ -44,15 +44,15 @@ time.sleep(60)
 
 def test_page_of_everything_that_can_happen(tmp_path, monkeypatch, capsys):
     interrupt = parts.interrupt
-    monkeypatch.setattr(parts, "interrupt", lambda process: interrupt(process, grace=0.5))
+    monkeypatch.setattr(parts, "interrupt", lambda process: interrupt(process, grace=3))
     (tmp_path / "lost.md").write_text("an old result")
     missing = Part("Missing", "nothing", (str(tmp_path / "no such program"),), 60)
     sections = [
         python("Good", WRITES.format(str(tmp_path)), results="good"),
         python("Text", "print('first\\nlast')", tail=1),
         python("Bad", "print('reason'); raise SystemExit(3)", results="lost"),
-        python("Slow", WAITS, limit=1.0),
-        python("Stubborn", STUBBORN, limit=1.0),
+        python("Slow", WAITS, limit=3.0),
+        python("Stubborn", STUBBORN, limit=3.0),
         missing,
     ]
     start = time.monotonic()
@@ -62,8 +62,8 @@ def test_page_of_everything_that_can_happen(tmp_path, monkeypatch, capsys):
         None,
         None,
         "failed with exit code 3",
-        "stopped after 1 s",
-        "stopped after 1 s",
+        "stopped after 3 s",
+        "stopped after 3 s",
     ]
     assert outcomes[5].error.startswith("did not start")
     page = (tmp_path / "README.md").read_text()
