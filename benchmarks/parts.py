@@ -102,6 +102,8 @@ def run(part: Part, environment: dict[str, str], seconds: float) -> Outcome:
             env=os.environ | environment,
             cwd=part.cwd,
             start_new_session=True,
+            # What a shell runs in the background ignores it, and hands that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     except OSError as reason:
         return Outcome(part, f"did not start: {reason}", time.monotonic() - start, "")

@@ -1,5 +1,6 @@
 """The page of several commands survives whatever a command does; tried without a GPU."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -83,6 +84,16 @@ def test_time_runs_out(tmp_path):
     assert first.error == "stopped after 1 s" and second.error == "not run: no time was left"
     page = (tmp_path / "README.md").read_text()
     assert "## Second\n\n`python Second`, 0 s\n\nnot run: no time was left" in page
+
+
+def test_a_part_can_be_interrupted_where_this_process_cannot(tmp_path):
+    """As when a script has started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        (outcome,) = run_all([python("Slow", WAITS, limit=3.0)], tmp_path, "# Heading", {}, 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.output == "so far\nsummed up\n"
 
 
 def test_page_exists_while_parts_run(tmp_path):
