@@ -195,10 +195,14 @@ def draw(rows: list[report.Row]) -> Figure:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__, "depth")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8], help="blocks")
-    parser.add_argument("--batch", type=int, default=128, help="images")
-    parser.add_argument("--repetitions", type=int, default=15, help="timed rounds")
-    parser.add_argument("--calls", type=int, default=3, help="inferences timed together")
+    parser.add_argument(
+        "--blocks", type=report.positive, nargs="+", default=[1, 2, 4, 8], help="blocks"
+    )
+    parser.add_argument("--batch", type=report.positive, default=128, help="images")
+    parser.add_argument("--repetitions", type=report.positive, default=15, help="timed rounds")
+    parser.add_argument(
+        "--calls", type=report.positive, default=3, help="inferences timed together"
+    )
     args = parser.parse_args(argv)
     args.blocks = sorted(set(args.blocks))
     return args

@@ -77,7 +77,7 @@ def over(seconds: dict[str, list[float]], name: str, other: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__, "guard")
-    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds")
+    parser.add_argument("--repetitions", type=report.positive, default=7, help="timed rounds")
     args = parser.parse_args(argv)
     found = [*routing_ratios(args), *stack_ratios(args)]
     lines = [[r.name, f"{r.value:.3f}", r.at_most, "yes" if r.passes else "**no**"] for r in found]

@@ -174,11 +174,19 @@ def draw(rows: list[report.Row]) -> Figure:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__, "memory")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8], help="blocks")
-    parser.add_argument("--batch", type=int, default=128, help="images")
-    parser.add_argument("--channels", type=int, default=256, help="of both convolutions")
     parser.add_argument(
-        "--layers", type=int, nargs="+", default=[10, 100, 1000], help="of the stack alone"
+        "--blocks", type=report.positive, nargs="+", default=[1, 2, 4, 8], help="blocks"
+    )
+    parser.add_argument("--batch", type=report.positive, default=128, help="images")
+    parser.add_argument(
+        "--channels", type=report.positive, default=256, help="of both convolutions"
+    )
+    parser.add_argument(
+        "--layers",
+        type=report.positive,
+        nargs="+",
+        default=[10, 100, 1000],
+        help="of the stack alone",
     )
     return parser.parse_args(argv)
 

@@ -97,8 +97,8 @@ def draw(rows: list[report.Row]) -> Figure:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__, "overhead", device=False)
-    parser.add_argument("--repetitions", type=int, default=50, help="timed rounds")
-    parser.add_argument("--calls", type=int, default=20, help="calls timed together")
+    parser.add_argument("--repetitions", type=report.positive, default=50, help="timed rounds")
+    parser.add_argument("--calls", type=report.positive, default=20, help="calls timed together")
     return parser.parse_args(argv)
 
 

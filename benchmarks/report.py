@@ -61,6 +61,14 @@ def device_of(text: str) -> torch.device:
     return device
 
 
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text) if text.strip().lstrip("+-").isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return value
+
+
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults, those that say something."""
 

@@ -178,9 +178,11 @@ def draw(rows: list[report.Row], gammas: Sequence[float]) -> Figure:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__, "reversal")
-    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="numbers of layers")
+    parser.add_argument(
+        "--depths", type=report.positive, nargs="+", default=DEPTHS, help="numbers of layers"
+    )
     parser.add_argument("--gammas", type=float, nargs="+", default=GAMMAS, help="momenta")
-    parser.add_argument("--batch", type=int, default=16, help="samples")
+    parser.add_argument("--batch", type=report.positive, default=16, help="samples")
     return parser.parse_args(argv)
 
 

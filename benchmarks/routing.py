@@ -251,7 +251,7 @@ def describe(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__, "routing")
-    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds")
+    parser.add_argument("--repetitions", type=report.positive, default=7, help="timed rounds")
     parser.add_argument(
         "--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES), help="of the paper"
     )
@@ -266,7 +266,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "first, those of the paper, all",
     )
     parser.add_argument(
-        "--shrink", type=int, default=1, help="divide B, N and J by this, to try the command"
+        "--shrink",
+        type=report.positive,
+        default=1,
+        help="divide B, N and J by this, to try the command",
     )
     return parser.parse_args(argv)
 

@@ -203,10 +203,14 @@ def draw(rows: list[report.Row], found: report.Row) -> Figure:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__, "step")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8], help="blocks")
-    parser.add_argument("--batch", type=int, default=128, help="images")
-    parser.add_argument("--channels", type=int, default=256, help="of both convolutions")
-    parser.add_argument("--repetitions", type=int, default=5, help="timed rounds")
+    parser.add_argument(
+        "--blocks", type=report.positive, nargs="+", default=[1, 2, 4, 8], help="blocks"
+    )
+    parser.add_argument("--batch", type=report.positive, default=128, help="images")
+    parser.add_argument(
+        "--channels", type=report.positive, default=256, help="of both convolutions"
+    )
+    parser.add_argument("--repetitions", type=report.positive, default=5, help="timed rounds")
     args = parser.parse_args(argv)
     args.blocks = sorted(set(args.blocks))
     return args

@@ -117,6 +117,19 @@ def test_step(tmp_path, monkeypatch):
     assert found["pipeline"] > 0
 
 
+def test_step_in_bfloat16(tmp_path, monkeypatch):
+    """The candidate of devices with such instructions; others emulate them."""
+    monkeypatch.setattr(measure, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(measure, "rates", lambda device: measure.Rates(1e9, 1e9, 1e9))
+    settings = "--blocks 1 --batch 2 --channels 8 --repetitions 1 --device cpu"
+    step.main([*settings.split(), "--output", str(tmp_path)])
+    rows, (found,) = results(tmp_path, "step")
+    assert {row["candidate"] for row in rows} == {*step.NAMES, step.BFLOAT16}
+    assert found["speedups"].keys() == step.TARGETS.keys()
+    assert found["convolutions"]["bfloat16_rate"] > 0
+    assert "in bfloat16 were not timed" not in (tmp_path / "step.md").read_text()
+
+
 def test_shares_see_every_part():
     model = networks.CANDIDATES[step.FUSED].build(2, channels=64)
     found = shares.shares(model, networks.batch_of(16, torch.device("cpu")), 2)
@@ -319,6 +332,14 @@ def test_bad_devices_are_refused(capsys):
         with pytest.raises(SystemExit):
             memory.main(["--device", device])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "many", "1.5", ""])
+def test_counts_are_at_least_one(text, capsys):
+    for option in ("--repetitions", "--blocks", "--batch"):
+        with pytest.raises(SystemExit):
+            depth.main([f"{option}={text}"])
+        assert f"{option}: {text!r} is no integer of at least 1" in capsys.readouterr().err
 
 
 def test_every_benchmark_explains_itself(capsys):
