@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -48,3 +50,56 @@ def capsules_and_weight(u: Tensor, W: Tensor) -> None:
         raise ValueError(f"u and W must be on one device; got u on {u.device} and W on {W.device}")
     if 0 in W.shape:
         raise ValueError(f"W must have no empty dimension; got shape {list(W.shape)}")
+
+
+def number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """`value` is a real number between `low` and `high`, both included, and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    elif math.isinf(value):
+        wanted = "finite"
+    else:
+        return
+    raise ValueError(f"{name} must be a number, {wanted}; got {value!r}")
+
+
+def labels(labels: Tensor, lengths: Tensor) -> None:
+    """`labels` are class indices [B] for `lengths` [B, classes], on the same device.
+
+    Values are looked at where that waits for nothing. On a GPU, and in compiled code, the check is
+    queued with the rest of the work: `torch._assert_async`, as PyTorch's own losses do.
+    """
+    tensor("lengths", lengths, "B classes")
+    B, classes = lengths.shape
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"labels must be a torch.Tensor [B] of class indices; got {type(labels).__name__}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be class indices, of an integer dtype; got {labels.dtype}: convert "
+            "indices by labels.long(), one-hot rows by labels.argmax(1)"
+        )
+    if labels.shape != (B,):
+        raise ValueError(
+            f"labels must be class indices [B] = [{B}]; got shape {list(labels.shape)}: one-hot "
+            "rows become indices by labels.argmax(1), a column by labels.squeeze(1)"
+        )
+    if labels.device != lengths.device:
+        raise ValueError(
+            f"labels must be on the device of the capsules, {lengths.device}; got {labels.device}"
+        )
+    if torch.compiler.is_compiling() or labels.device.type not in ("cpu", "meta"):
+        inside = labels.clamp(0, classes - 1) == labels
+        torch._assert_async(inside.all(), f"labels must lie between 0 and {classes - 1}")
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(labels):  # all samples of a vmap at once
+        labels = torch._C._functorch.get_unwrapped(labels)
+    if type(labels) is not Tensor or labels.is_meta or torch.jit.is_tracing():
+        return
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise ValueError(
+            f"labels must lie between 0 and {classes - 1}, for {classes} classes; got {wrong[0]}: "
+            "leave out samples that have no class"
+        )

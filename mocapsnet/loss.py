@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .kernels import checks
 from .model import CapsNetOutput
 
 
@@ -19,8 +20,9 @@ class MarginLoss(nn.Module):
         upper, lower: margins m+ and m- on the capsule's length.
         down_weight: weight of the absent classes.
         reduction: "sum" over the batch, as published, or "mean".
-    Shapes: lengths [B, classes], labels [B] (integers) -> scalar.
-    Raises: ValueError if `reduction` is unknown.
+    Shapes: lengths [B, classes], labels [B], class indices of an integer dtype -> scalar.
+    Raises: ValueError if an option is out of range, or labels are not class indices [B]. On a GPU
+        an index that is no class's ends the process's work on it, as in PyTorch's own losses.
     Source: Sabour et al. 2017, equation 4.
     """
 
@@ -32,14 +34,22 @@ class MarginLoss(nn.Module):
         reduction: str = "sum",
     ):
         super().__init__()
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum' or 'mean'; got {reduction!r}")
+        checks.choice("reduction", reduction, ("sum", "mean"))
+        checks.number("upper", upper, 0, 1)
+        checks.number("lower", lower, 0, 1)
+        checks.number("down_weight", down_weight, 0)
+        if lower >= upper:
+            raise ValueError(
+                f"lower must be less than upper, the margins of absent and present classes; got "
+                f"lower={lower} and upper={upper}"
+            )
         self.upper = upper
         self.lower = lower
         self.down_weight = down_weight
         self.reduction = reduction
 
     def forward(self, lengths: Tensor, labels: Tensor) -> Tensor:
+        checks.labels(labels, lengths)
         lengths = lengths.float() if lengths.itemsize < 4 else lengths
         classes = torch.arange(lengths.shape[1], device=lengths.device)
         present = (self.upper - lengths).clamp(min=0).square()
@@ -66,28 +76,40 @@ class CapsuleLoss(nn.Module):
 
     Args:
         reconstruction_weight: lambda of the paper's equation 1, per sample and pixel.
-        reduction: "sum" over the batch, or "mean".
+        reduction: "sum" over the batch, or "mean"; None for that of `margin`, else "sum".
         margin: the margin loss; None for the published margins.
     Shapes: output of a model, pixels in [0, 1] [B, C, H, W], labels [B] -> `LossParts`.
-    Raises: ValueError if the pixels do not have the shape of the reconstruction.
+    Raises: ValueError if an option is out of range or differs from the margin loss's, if pixels
+        are not floating point of the reconstruction's shape, or as `MarginLoss`.
     """
 
     def __init__(
         self,
         reconstruction_weight: float = 5e-4,
-        reduction: str = "sum",
+        reduction: str | None = None,
         margin: MarginLoss | None = None,
     ):
         super().__init__()
+        checks.number("reconstruction_weight", reconstruction_weight, 0)
+        self.margin = margin or MarginLoss(reduction=reduction or "sum")
+        if reduction not in (None, self.margin.reduction):
+            raise ValueError(
+                f"reduction={reduction!r} does not go with a margin loss of "
+                f"reduction={self.margin.reduction!r}: give both the same, or only the latter"
+            )
         self.reconstruction_weight = reconstruction_weight
-        self.margin = margin or MarginLoss(reduction=reduction)
-        self.reduction = reduction
+        self.reduction = self.margin.reduction
 
     def forward(self, output: CapsNetOutput, pixels: Tensor, labels: Tensor) -> LossParts:
         if pixels.shape != output.reconstruction.shape:
             raise ValueError(
                 f"pixels {list(pixels.shape)} must have the shape of the reconstruction "
                 f"{list(output.reconstruction.shape)}"
+            )
+        if not pixels.is_floating_point():
+            raise ValueError(
+                f"pixels must be floating point in [0, 1]; got {pixels.dtype}: bytes become that "
+                "by pixels.float() / 255"
             )
         margin = self.margin(output.lengths, labels)
         error = (output.reconstruction - pixels).square().flatten(1).sum(1)

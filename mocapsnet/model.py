@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .kernels import checks
 from .layers import CapsuleLayer, PrimaryCapsules, squashed, unsquashed
 from .reversible import MomentumStack, ResidualStack
 
@@ -157,7 +158,8 @@ class CapsNet(nn.Module):
         options: any other field of `CapsNetConfig`.
     Shapes: images [B, C, H, W], normalised; labels [B] or None -> `CapsNetOutput`. The decoder
         sees the capsule of the class in `labels`, or of the longest capsule if None.
-    Raises: ValueError if an option is out of range or the images are too small.
+    Raises: ValueError if an option is out of range, the images are too small, or labels are not
+        class indices [B].
     """
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int, **options: Any):
@@ -261,6 +263,8 @@ class CapsNet(nn.Module):
             features = features.to(torch.promote_types(features.dtype, self.last.weight.dtype))
             capsules = self.last(self.stack(self.first(self.primary(features))))
             lengths = torch.linalg.vector_norm(capsules, dim=-1)
+            if labels is not None:
+                checks.labels(labels, lengths)
             shown = lengths.argmax(1) if labels is None else labels
             classes = torch.arange(lengths.shape[1], device=lengths.device)
             mask = shown.unsqueeze(1) == classes  # [B, classes]

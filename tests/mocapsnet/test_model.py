@@ -1,4 +1,4 @@
-"""The networks, their configuration, initialisation and loss."""
+"""The networks, their configuration and initialisation."""
 
 import math
 
@@ -10,7 +10,6 @@ from mocapsnet import (
     CapsNetConfig,
     CapsuleLayer,
     CapsuleLoss,
-    MarginLoss,
     MoCapsNet,
     MomentumStack,
     PrimaryCapsules,
@@ -242,30 +241,3 @@ def test_layers_validate_their_sizes():
         CapsuleLayer(4, 4, 4, 4, in_length=0)
     with pytest.raises(ValueError, match="cannot be grouped into capsules of dim=5"):
         PrimaryCapsules(5)(torch.randn(2, 8, 3, 3))
-
-
-def test_margin_loss_matches_the_formula():
-    lengths = torch.tensor([[0.95, 0.3, 0.05], [0.2, 0.6, 0.1]], dtype=torch.float64)
-    labels = torch.tensor([0, 2])
-    first = 0 + 0.5 * (0.3 - 0.1) ** 2 + 0
-    second = 0.5 * (0.2 - 0.1) ** 2 + 0.5 * (0.6 - 0.1) ** 2 + (0.9 - 0.1) ** 2
-    assert MarginLoss()(lengths, labels).item() == pytest.approx(first + second)
-    assert MarginLoss(reduction="mean")(lengths, labels).item() == pytest.approx(
-        (first + second) / 2
-    )
-    with pytest.raises(ValueError, match="reduction must be"):
-        MarginLoss(reduction="none")
-
-
-@pytest.mark.parametrize("reduction, divisor", [("sum", 1), ("mean", 4)])
-def test_capsule_loss_adds_the_weighted_squared_error(reduction, divisor):
-    model = MoCapsNet((1, 12, 10), 7, **SMALL)
-    pixels, labels = torch.rand(4, 1, 12, 10), torch.arange(4)
-    output = model(images(), labels)
-    loss = CapsuleLoss(reconstruction_weight=0.01, reduction=reduction)(output, pixels, labels)
-    error = sum((output.reconstruction[b] - pixels[b]).square().sum() for b in range(4)) / divisor
-    torch.testing.assert_close(loss.reconstruction, error)
-    torch.testing.assert_close(loss.margin, MarginLoss()(output.lengths, labels) / divisor)
-    torch.testing.assert_close(loss.total, loss.margin + 0.01 * loss.reconstruction)
-    with pytest.raises(ValueError, match="must have the shape of the reconstruction"):
-        CapsuleLoss()(output, pixels[:, :, :5], labels)
