@@ -27,8 +27,8 @@ from mocapsnet import CapsNet
 from mocapsnet.layers import squashed
 from mocapsnet.model import HIDDEN_SUM_LENGTH
 
-from . import measure, report
-from .candidates import CANDIDATES, STYLES, Candidate, check
+from .shared import measure, report
+from .shared.candidates import CANDIDATES, STYLES, Candidate, check
 
 PHASES = ("training", "inference")
 RATIOS = {  # label: phase, numerator, denominator, what is wanted

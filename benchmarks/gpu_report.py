@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from . import report
-from .parts import Part, benchmark, run_all
+from .shared import report
+from .shared.parts import Part, benchmark, run_all
 
 TESTS = "tests/kernels tests/mocapsnet --ignore tests/kernels/test_compiled.py"
 DRY_TESTS = "tests/kernels/test_reference.py -k squash"

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from . import depth, measure, report
-from .candidates import CANDIDATES
+from . import depth
 from .routing import PUBLISHED, check
-from .routing_candidates import Candidate, candidates, forward_backward, problem
+from .shared import measure, report
+from .shared.candidates import CANDIDATES
+from .shared.routing_candidates import Candidate, candidates, forward_backward, problem
 
 LAYER_1 = (32, 1152, 8, 32, 8)
 BLOCKS = 4

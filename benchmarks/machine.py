@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import measure, report
+from .shared import measure, report
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from mocapsnet import CapsuleLayer, MomentumStack
 
-from . import measure, report
-from .candidates import (
+from .shared import measure, report
+from .shared.candidates import (
     CANDIDATES,
     STYLES,
     Candidate,

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import measure, report
+from .shared import measure, report
 
 Call = Callable[[Tensor, Tensor], Tensor]
 

@@ -29,8 +29,8 @@ from mocapsnet import MoCapsNet, MomentumStack
 from mocapsnet.layers import CapsuleLayer, squashed, unsquashed
 from mocapsnet.model import HIDDEN_SUM_LENGTH
 
-from . import report
-from .measure import relative_error
+from .shared import report
+from .shared.measure import relative_error
 
 DEPTHS = (2, 5, 10, 20, 40, 100, 200, 400, 1000)
 GAMMAS = (0.5, 0.7, 0.9, 0.95, 0.99)

@@ -25,9 +25,9 @@ from torch import Tensor
 from mocapsnet.kernels import routing
 from mocapsnet.kernels.launch import interpreting
 
-from . import measure, report
-from .routing_candidates import Candidate, candidates, forward_backward, problem, sized
-from .routing_pictures import draw, roofline
+from .shared import measure, report
+from .shared.routing_candidates import Candidate, candidates, forward_backward, problem, sized
+from .shared.routing_pictures import draw, roofline
 
 SHAPES = {  # B, N, K, J, D
     "layer1-mnist": (128, 1152, 8, 32, 8),

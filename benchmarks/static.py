@@ -30,9 +30,9 @@ from mocapsnet.kernels.routing import triton as routing
 from mocapsnet.kernels.squash import triton as squash
 from mocapsnet.kernels.votes import triton as votes
 
-from . import report
-from .compiled import ARCHITECTURES, compile_for
-from .prediction import GPUS, floor, row_of
+from .shared import report
+from .shared.compiled import ARCHITECTURES, compile_for
+from .shared.prediction import GPUS, floor, row_of
 
 SHAPES = {  # B, N, K, J, D
     "layer 1": (128, 1152, 8, 32, 8),

@@ -26,9 +26,9 @@ from torch import nn
 
 from mocapsnet.train import data
 
-from . import measure, report
-from .candidates import CANDIDATES, STYLES, batch_of, check, network_results, training_step
-from .shares import shares
+from .shared import measure, report
+from .shared.candidates import CANDIDATES, STYLES, batch_of, check, network_results, training_step
+from .shared.shares import shares
 
 FUSED, BASELINE = "MoCapsNet, fused, reversible", "MoCapsNet, published"
 BFLOAT16 = "MoCapsNet, fused, bfloat16 convolutions"

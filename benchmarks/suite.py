@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
 from .cli import QUESTIONS
-from .parts import benchmark, run_all
+from .shared import report
+from .shared.parts import benchmark, run_all
 
 NAMES = ("machine", "routing", "step", "depth", "memory", "reversal", "overhead", "static")
 LIMIT = 3600.0

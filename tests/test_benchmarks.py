@@ -7,22 +7,11 @@ import math
 import pytest
 import torch
 
-from mocapsnet.benchmarks import candidates as networks
-from mocapsnet.benchmarks import (
-    depth,
-    guard,
-    machine,
-    measure,
-    memory,
-    overhead,
-    report,
-    reversal,
-    routing_candidates,
-    shares,
-    step,
-)
+from mocapsnet.benchmarks import depth, guard, machine, memory, overhead, reversal, step
 from mocapsnet.benchmarks import routing as routing_benchmark
 from mocapsnet.benchmarks.cli import QUESTIONS
+from mocapsnet.benchmarks.shared import candidates as networks
+from mocapsnet.benchmarks.shared import measure, report, routing_candidates, shares
 from mocapsnet.kernels import routing
 from mocapsnet.train.cli import main as mocapsnet
 

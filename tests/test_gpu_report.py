@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mocapsnet.benchmarks import gpu_report, parts, suite
-from mocapsnet.benchmarks.parts import Part, run_all
+from mocapsnet.benchmarks import gpu_report, suite
+from mocapsnet.benchmarks.shared import parts
+from mocapsnet.benchmarks.shared.parts import Part, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 

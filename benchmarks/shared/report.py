@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
+PROJECT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 
@@ -135,7 +135,7 @@ def version(package: str) -> str | None:
 def command(*words: str) -> str | None:
     """First line that a command prints; None where it is missing, fails or prints nothing."""
     try:
-        done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=True)
+        done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return next(iter(done.stdout.splitlines()), None)
@@ -146,11 +146,11 @@ def commit() -> str | None:
 
     None outside the repository. Results and texts are no code: a benchmark may follow another.
     """
-    if not (HERE.parent / ".git").exists():
+    if not (PROJECT / ".git").exists():
         return None
     name = command("git", "rev-parse", "--short", "HEAD")
     exclude = (":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)*.md")
-    changed = command("git", "status", "--porcelain", "-uno", "--", "..", *exclude)
+    changed = command("git", "status", "--porcelain", "-uno", "--", ".", *exclude)
     return f"{name}-dirty" if name and changed else name
 
 
