@@ -1,5 +1,6 @@
 """Momentum capsule networks with fused routing."""
 
+from .inspection import LayerRecord, inspect_layers
 from .layers import CapsuleLayer, PrimaryCapsules
 from .loss import CapsuleLoss, LossParts, MarginLoss
 from .model import (
@@ -22,6 +23,7 @@ __all__ = [
     "CapsuleLayer",
     "CapsuleLoss",
     "Decoder",
+    "LayerRecord",
     "LossParts",
     "MarginLoss",
     "MoCapsNet",
@@ -30,4 +32,5 @@ __all__ = [
     "ResCapsNet",
     "ResidualStack",
     "build_model",
+    "inspect_layers",
 ]

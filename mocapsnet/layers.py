@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import primary_capsules, routing
-from .kernels.checks import routing_options
+from .kernels.checks import capsules_and_weight, routing_options
+from .kernels.routing.reference import rounds
 
 
 class PrimaryCapsules(nn.Module):
@@ -111,6 +112,20 @@ class CapsuleLayer(nn.Module):
             sda_mean=self.sda_mean,
             backend=self.backend,
         )
+
+    @torch.no_grad()
+    def couplings(self, u: Tensor) -> Tensor:
+        """Couplings of every routing iteration [iterations, B, N, J] for capsules u [B, N, K].
+
+        By the reference: all votes [B, N, J, D] are in memory at once.
+        """
+        capsules_and_weight(u, self.weight)
+        dtype = torch.promote_types(u.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        modes = (self.iterations, self.method, self.routing_grad, bias, self.sda_mean)
+        with torch.autocast(u.device.type, enabled=False):
+            steps = rounds(u.to(dtype), self.weight.to(dtype), *modes)
+            return torch.stack([c for c, _ in steps])
 
     @property
     def options(self) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +23,20 @@ def routing(
     sda_mean: str = "input",
 ) -> Tensor:
     """Route u [B, N, K] through W [N, K, J, D] to capsules [B, J, D]; see `op.routing`."""
+    *_, (_, v) = rounds(u, W, iterations, method, routing_grad, bias, sda_mean)
+    return v
+
+
+def rounds(
+    u: Tensor,
+    W: Tensor,
+    iterations: int,
+    method: str,
+    routing_grad: str,
+    bias: Tensor | None,
+    sda_mean: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Couplings c [B, N, J] and output capsules v [B, J, D] of every iteration."""
     u_hat = votes(u, W)  # [B, N, J, D]
     if method == "sda":
         u_hat = shorten(u_hat, u)
@@ -34,10 +49,10 @@ def routing(
         vote = u_hat.detach() if constant and not last else u_hat
         s = (c.unsqueeze(-1) * vote).sum(1)  # [B, J, D]
         v = squash(s if bias is None else s + bias)
+        yield c, v
         if not last:
             agreement = (vote * v.unsqueeze(1)).sum(-1)
             b = b + agreement if method == "rba" else distance_logits(vote, v, sda_mean)
-    return v
 
 
 def shorten(u_hat: Tensor, u: Tensor) -> Tensor:
