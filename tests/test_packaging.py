@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import mocapsnet
+
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = {
     "mocapsnet": "mocapsnet",
@@ -19,6 +21,7 @@ MAPPED = {
 FOLDERS = [*MAPPED, "tests", ".ci"]
 TOP = [
     "CHANGELOG.md",
+    "CITATION.cff",
     "CONTRIBUTING.md",
     "LICENSE",
     "MANIFEST.in",
@@ -113,9 +116,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(source, "sdist", tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def sdist(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, unpacked."""
-    archive = build(source, "sdist", tmp_path_factory.mktemp("sdist"))
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(archive) as tar:
         tar.extractall(unpacked, filter="data")
@@ -126,6 +133,14 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_an_index_would_take_both(archive: Path, wheel: Path, tmp_path: Path) -> None:
+    run("-m", "twine", "check", "--strict", wheel, archive, cwd=tmp_path)
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"version: {mocapsnet.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_wheel_holds_the_four_folders_and_nothing_else(wheel: Path) -> None:
