@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from .browser import browser, page, watched  # noqa: F401 - fixtures
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers' threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
