@@ -68,7 +68,7 @@ def parts(folder: Path, scratch: Path, dry: bool) -> list[Part]:
         Part(
             "Training on digits",
             f"mocapsnet {training}",
-            (*run, "mocapsnet.train", *training.split(), "--out", "run"),
+            (*run, "mocapsnet", *training.split(), "--out", "run"),
             60,
             tail=18,
             cwd=scratch,

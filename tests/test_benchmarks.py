@@ -12,8 +12,8 @@ from mocapsnet.benchmarks import routing as routing_benchmark
 from mocapsnet.benchmarks.cli import QUESTIONS
 from mocapsnet.benchmarks.shared import candidates as networks
 from mocapsnet.benchmarks.shared import measure, report, routing_candidates, shares
+from mocapsnet.cli import main as mocapsnet
 from mocapsnet.kernels import routing
-from mocapsnet.train.cli import main as mocapsnet
 
 
 @pytest.fixture(autouse=True)

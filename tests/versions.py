@@ -60,7 +60,7 @@ def attempt(name: str, import_only: bool, keep: bool) -> str:
             *(*uv, "pip", "install", "-q", "--python", str(python), "--resolution", resolution),
             *("--editable", f"{ROOT}[train,dev]"),
         ],
-        "import": [str(python), "-c", "import mocapsnet.train.cli, mocapsnet.benchmarks.cli"],
+        "import": [str(python), "-c", "import mocapsnet.cli, mocapsnet.benchmarks.cli"],
         "tests": [str(python), "-m", "pytest", *QUICK],
     }
     if import_only:

@@ -1,1 +1,1 @@
-"""Training of capsule networks: command line, data, loop, checkpoints, pictures."""
+"""Training of capsule networks: options, data, loop, run folders, pictures."""

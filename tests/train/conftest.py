@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from mocapsnet.train.cli import main
+from mocapsnet.cli import main
 
 from .helpers import TINY
 

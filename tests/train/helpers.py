@@ -23,7 +23,7 @@ def process(*arguments: str, processes: int = 1) -> list[str]:
         sys.executable,
         *(torchrun if processes > 1 else []),
         "-m",
-        "mocapsnet.train",
+        "mocapsnet",
         *arguments,
     ]
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from mocapsnet import CapsNetConfig
-from mocapsnet.train import cli, prepare
+import mocapsnet.benchmarks
+import mocapsnet.train
+from mocapsnet import CapsNetConfig, cli
+from mocapsnet.train import prepare
 from mocapsnet.train.options import (
     PRESETS,
     MachineOptions,
@@ -77,6 +82,25 @@ def test_help_names_every_option(command: Command) -> None:
     for name in flat(TrainOptions()):
         assert flag(name) in text, name
     assert "digits 30, (fashion-)mnist 30, others 60" in " ".join(text.replace("│", "").split())
+
+
+def test_version(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "EXTRA", ["not_installed_anywhere"])
+    assert command("--version") == (0, f"mocapsnet {mocapsnet.__version__}\n", "")
+
+
+def test_nothing_imports_the_command_line() -> None:
+    """It stands above train and benchmarks, so that both can be used without it."""
+    modules = [
+        module.name
+        for package in (mocapsnet, mocapsnet.train, mocapsnet.benchmarks)
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+        if module.name not in ("mocapsnet.cli", "mocapsnet.__main__")
+    ]
+    assert {"mocapsnet.train.loop", "mocapsnet.benchmarks.gpu_report"} <= set(modules)
+    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    code += "; sys.exit('mocapsnet.cli' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, *modules], check=True)
 
 
 def test_help_as_a_process() -> None:

@@ -1,4 +1,7 @@
-"""The `mocapsnet` command."""
+"""The `mocapsnet` command, the one module that stands above training and benchmarks.
+
+Nothing imports it, and it imports a part of the library only when a command line asks for it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+from . import __version__
 
 if TYPE_CHECKING:
     from mocapsnet.train.options import RunOptions, TrainOptions
@@ -28,6 +33,10 @@ EXTRA = [
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: that of the process); returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        print(f"mocapsnet {__version__}")
+        return 0
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -38,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from mocapsnet.train.errors import Stop
 
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _run(arguments)
     except Stop as stop:
@@ -138,7 +146,8 @@ def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | RunOptions
     command = tyro.cli(
         Command,
         prog="mocapsnet",
-        description="Train, examine and measure momentum capsule networks.",
+        description="Train, examine and measure momentum capsule networks. --version prints the "
+        "version and leaves.",
         args=arguments,
         config=(
             tyro.conf.OmitArgPrefixes,
