@@ -1,0 +1,79 @@
+"""Calling a layer once more as before: the same random numbers and autocast, no tensor hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_state(device: torch.device) -> list[dict[str, Any]]:
+    return [
+        dict(
+            device_type=kind,
+            enabled=torch.is_autocast_enabled(kind),
+            dtype=torch.get_autocast_dtype(kind),
+        )
+        for kind in {"cpu", device.type}
+        if torch.amp.is_autocast_available(kind)
+    ]
+
+
+@contextmanager
+def autocast(state: list[dict[str, Any]]) -> Iterator[None]:
+    """Autocast as it was, without its cache: that would keep low-precision weights of all layers,
+    and hand those cast without gradients to code that wants them."""
+    with ExitStack() as contexts:
+        for options in state:
+            contexts.enter_context(torch.autocast(**options, cache_enabled=False))
+        yield
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """States of the random number generators of the CPU and, if it is another, the device."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        where = () if device.type == "mps" else (device,)
+        states.append(torch.get_device_module(device).get_rng_state(*where))
+    return states
+
+
+def set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        where = () if device.type == "mps" else (device,)
+        torch.get_device_module(device).set_rng_state(states[1], *where)
+
+
+@contextmanager
+def random_numbers(device: torch.device, states: list[Tensor] | None) -> Iterator[None]:
+    """Random numbers from `states` on, then from where they were; None changes nothing."""
+    if states is None:
+        yield
+        return
+    now = random_state(device)
+    set_random_state(device, states)
+    try:
+        yield
+    finally:
+        set_random_state(device, now)
+
+
+@contextmanager
+def hooks_off(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """No tensor hooks: autograd runs a parameter's on its whole gradient, not on a layer's share.
+
+    `torch.autograd.grad` would run them, and `torch.func.functional_call` with detached parameters
+    does not reach every module (nn.LSTM keeps a list of its own).
+    """
+    hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
+    for t, _ in hooked:
+        t._backward_hooks = None
+    try:
+        yield
+    finally:
+        for t, hooks in hooked:
+            t._backward_hooks = hooks
