@@ -12,7 +12,8 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 WRAPPERS = set(
     "Relu LeakyRelu Elu Gelu Silu Mish Hardtanh Hardswish NativeLayerNorm NativeGroupNorm "
     "NativeBatchNorm CudnnBatchNorm FusedRmsNorm NativeDropout FusedDropout View UnsafeView "
-    "ReshapeAlias Reshape Transpose T Permute Clone ToCopy Alias Expand Squeeze Unsqueeze".split()
+    "ReshapeAlias Reshape Transpose T Permute Clone ToCopy Alias AsStrided Expand Squeeze "
+    "Unsqueeze".split()
 )
 
 
@@ -49,6 +50,7 @@ def has_skip(start: Node, end: Node) -> bool:
         operands = [operand for operand, _ in node.next_functions]
         dependent = [operand for operand in operands if operand in depends]
         kind = node.name().split("Backward")[0]
+        kind = in_place_kind(node) if kind.endswith("CopySlices") else kind
         if kind == "Add":
             todo += [(operand, skips or len(dependent) > 1) for operand in dependent]
         elif not operands or operands[0] not in depends:
@@ -58,6 +60,23 @@ def has_skip(start: Node, end: Node) -> bool:
         elif kind in WRAPPERS or (kind in ("Mul", "Div") and not any(operands[1:])):
             todo.append((operands[0], skips))  # by a constant: dropout on the CPU is a product
     return False
+
+
+def in_place_kind(node: Any) -> str:
+    """What an operation in place on a view was, told from its derivatives: the node has no name.
+
+    As linear layers of some versions of PyTorch return views, g += x is such an operation.
+    """
+    (made,) = node._input_metadata
+    if made.device.type == "meta":
+        return "unknown"
+    with torch.no_grad():
+        found = node(torch.ones(made.shape, dtype=made.dtype, device=made.device))
+    first, *others = found if isinstance(found, tuple) else (found,)
+    values = [d.unique() for d in others if d is not None]
+    if all(len(d) == 1 for d in values) and len(first.unique()) == 1 and values:
+        return "Add" if all(d[0] > 0 for d in values) else "Sub"
+    return "Relu" if not values and len(first.unique()) <= 2 else "unknown"
 
 
 def dependants(start: Node, end: Node) -> set[Node]:

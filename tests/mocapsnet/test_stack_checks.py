@@ -34,6 +34,16 @@ def in_place_plus(x, g):
     return g
 
 
+def in_place_times(x, g):
+    g *= x
+    return g
+
+
+def in_place_minus(x, g):
+    g -= x
+    return g
+
+
 def encoder(**options):
     return nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, **options)
 
@@ -58,6 +68,7 @@ SKIPS = {
     "encoder without dropout": encoder(dropout=0.0, activation="gelu"),
     "plain": Skip(plus),
     "in place": Skip(in_place_plus),
+    "in place on a view": Skip(lambda x, g: in_place_plus(x, g.flatten(1).view_as(x))),
     "relu": Skip(in_place_plus, post=nn.ReLU(inplace=True)),
     "scaled branch": Skip(lambda x, g: x + 0.1 * g),
     "minus": Skip(lambda x, g: x - g),
@@ -102,6 +113,9 @@ BRANCHES = {
     "skip inside of the branch": Skip(plus, post=nn.Linear(6, 6)),
     "pull towards g(x)": Skip(lambda x, g: g - x),
     "gate": Skip(lambda x, g: x * g.sigmoid()),
+    "gate in place": Skip(in_place_times),
+    "pull in place": Skip(in_place_minus),
+    "tanh in place": Skip(lambda x, g: (g + x).flatten(1).tanh_().view_as(x)),
     "sum of two branches": Skip(lambda x, g: g + g.sin()),
 }
 
