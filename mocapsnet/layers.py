@@ -7,30 +7,44 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .kernels import primary_capsules, routing
+from .kernels import checks, primary_capsules, routing, squash
 from .kernels.checks import capsules_and_weight, routing_options
 from .kernels.routing.reference import rounds
 
 
 class PrimaryCapsules(nn.Module):
-    """Groups neighbouring channels of a feature map into squashed capsules.
+    """Groups the values of a feature map into squashed capsules.
 
     Args:
         dim: components per capsule.
+        grouping: "channels", a capsule is `dim` neighbouring channels at one position; "pixels",
+            `dim` values that follow each other in a feature map [C, H, Wd], mostly neighbouring
+            pixels of one channel, as in the published code of Momentum Capsule Networks.
         backend: see `mocapsnet.kernels.primary_capsules`.
-    Shapes: feature maps [B, C, H, Wd] -> capsules [B, (C // dim) * H * Wd, dim].
+    Shapes: feature maps [B, C, H, Wd] -> capsules [B, C * H * Wd // dim, dim].
+    Raises: ValueError if an option is unknown, or the values cannot be grouped by `dim`.
     """
 
-    def __init__(self, dim: int, *, backend: str | None = None):
+    def __init__(self, dim: int, *, grouping: str = "channels", backend: str | None = None):
         super().__init__()
+        checks.choice("grouping", grouping, ("channels", "pixels"))
         self.dim = dim
+        self.grouping = grouping
         self.backend = backend
 
     def forward(self, features: Tensor) -> Tensor:
-        return primary_capsules(features, self.dim, backend=self.backend)
+        if self.grouping == "channels":
+            return primary_capsules(features, self.dim, backend=self.backend)
+        checks.tensor("features", features, "B C H Wd")
+        if self.dim < 1 or features[0].numel() % self.dim:
+            raise ValueError(
+                f"the {features[0].numel()} values of a feature map {list(features.shape[1:])} "
+                f"cannot be grouped into capsules of dim={self.dim}"
+            )
+        return squash(features.flatten(1).unflatten(1, (-1, self.dim)), backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}"
+        return f"dim={self.dim}, grouping={self.grouping!r}"
 
 
 class CapsuleLayer(nn.Module):

@@ -30,6 +30,7 @@ class CapsNetConfig:
         class_dim: components of a class capsule.
         channels, kernel_size, stride: of the two convolutions; the first has stride 1, the second
             makes primary capsules of `capsule_dim` channels.
+        grouping: see `PrimaryCapsules`.
         decoder: units of the decoder's hidden layers.
         iterations, method, routing_grad, sda_mean, routing_backend: see
             `mocapsnet.kernels.routing`.
@@ -46,6 +47,7 @@ class CapsNetConfig:
     channels: int = 256
     kernel_size: int = 9
     stride: int = 2
+    grouping: str = "channels"
     decoder: tuple[int, ...] = (512, 1024)
     iterations: int = 3
     method: str = "rba"
@@ -171,7 +173,7 @@ class CapsNet(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels, channels, kernel, stride=c.stride),
         )
-        self.primary = PrimaryCapsules(c.capsule_dim)
+        self.primary = PrimaryCapsules(c.capsule_dim, grouping=c.grouping)
 
         if c.init == "length":
             kernels = [w for w in self.convolutions.parameters() if w.dim() == 4]
