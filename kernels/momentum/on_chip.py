@@ -33,6 +33,7 @@ def momentum_forward_kernel(
     SCALE: tl.constexpr,
     SDA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     RESTART: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -57,7 +58,7 @@ def momentum_forward_kernel(
         tl.store(u_ptr + o_x, x, m_x)
         tl.debug_barrier()
         p_u = u_ptr + (b * J + i) * D
-        p_W = tile.weight(table_ptr, layer, W_like_ptr) + o_W
+        p_W = tile.weight(table_ptr, layer, W_like_ptr, ALIGNMENT) + o_W
         u_hat, _, _ = make_votes(p_u, i < J, p_W, (i < J) & m_x, D, J, D, SDA, ACC)
         bias = tl.zeros([1, BLOCK_J, BLOCK_D], ACC)
         if HAS_BIAS:
@@ -95,6 +96,7 @@ def momentum_backward_kernel(
     SDA: tl.constexpr,
     FULL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
@@ -127,7 +129,7 @@ def momentum_backward_kernel(
         tl.store(u_ptr + row * stride + o_x, x, m_x)
         tl.debug_barrier()
         p_u = u_ptr + row * stride + (b * J + i) * D
-        p_W = tile.weight(table_ptr, layer, W_like_ptr) + o_W
+        p_W = tile.weight(table_ptr, layer, W_like_ptr, ALIGNMENT) + o_W
         u_hat, factor, length = make_votes(p_u, i < J, p_W, (i < J) & m_x, D, J, D, SDA, ACC)
         bias = tl.zeros([1, BLOCK_J, BLOCK_D], ACC)
         if HAS_BIAS:

@@ -7,6 +7,7 @@ them may take memory. Else every layer is launched on its own.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -37,6 +38,15 @@ def table(weights: list[Tensor]) -> Tensor:
     return addresses(tuple(W.data_ptr() for W in weights), weights[0].device)
 
 
+def alignment(weights: list[Tensor]) -> int:
+    """The greatest power of two, up to 16, that divides the addresses of all weights.
+
+    Triton finds it out itself for a tensor that is passed to a kernel, not for one in a table.
+    PyTorch's allocations are multiples of 16; views into a flat buffer need not be.
+    """
+    return math.gcd(16, *(W.data_ptr() for W in weights))
+
+
 @lru_cache(maxsize=16)
 def addresses(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
@@ -57,7 +67,8 @@ def forward(
     plan = on_chip(x)
     if plan is None:
         return forward_by_layers(x, v, weights, biases, schedule, iterations, method, anchors)
-    W_table, bias = table(weights), torch.stack(biases) if biases else x
+    W_table, aligned = table(weights), alignment(weights)
+    bias = torch.stack(biases) if biases else x
     u, s = torch.empty_like(x), x.new_empty(iterations, *x.shape)
     for anchor, (begin, end) in zip(anchors, schedule.segments(), strict=True):
         launch(
@@ -67,6 +78,7 @@ def forward(
             GAMMA=schedule.gamma,
             R=iterations,
             HAS_BIAS=len(biases) > 0,
+            ALIGNMENT=aligned,
             RESTART=schedule.restarts(begin),
             num_warps=plan.num_warps,
             **sizes(x, method),
@@ -100,7 +112,8 @@ def backward(
     most = min(most, len(weights))
     a, ds = dx.new_empty(most, a_size), dx.new_empty(most, rows, B, J, D)
     u, s, du = dx.new_empty(most, B, J, D), dx.new_empty(iterations, B, J, D), torch.empty_like(dx)
-    W_table, bias = table(weights), torch.stack(biases) if biases else dx
+    W_table, aligned = table(weights), alignment(weights)
+    bias = torch.stack(biases) if biases else dx
     dW = weights[0].new_empty(len(weights), *weights[0].shape)
     dbias = dx.new_empty(len(biases), J, D) if biases else dx.new_empty(0)
     dv = torch.zeros_like(dx)
@@ -118,12 +131,13 @@ def backward(
                 TERMS=terms,
                 FULL=full,
                 HAS_BIAS=len(biases) > 0,
+                ALIGNMENT=aligned,
                 num_warps=plan.num_warps,
                 **sizes(dx, method),
             )
             weight_gradient(
                 u, weights[0], a, ds, dW[begin:end], (0, J), terms, sda,
-                table=W_table, layers=(begin, end),
+                table=W_table, alignment=aligned, layers=(begin, end),
             )  # fmt: skip
             if biases:
                 part = ds[: end - begin, : iterations if full else 1]

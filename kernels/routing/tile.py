@@ -28,9 +28,9 @@ def votes(p_u, m_u, p_W, m_W, K: tl.constexpr, J: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def weight(table_ptr, layer, W_like_ptr):
-    """W of a layer, from a table of addresses; all are multiples of 16, as PyTorch's are."""
-    return tl.multiple_of(tl.load(table_ptr + layer).to(W_like_ptr.dtype), 16)
+def weight(table_ptr, layer, W_like_ptr, ALIGNMENT: tl.constexpr):
+    """W of a layer, from a table of addresses that are all multiples of ALIGNMENT bytes."""
+    return tl.multiple_of(tl.load(table_ptr + layer).to(W_like_ptr.dtype), ALIGNMENT)
 
 
 @triton.jit

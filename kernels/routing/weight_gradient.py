@@ -33,6 +33,7 @@ def weight_gradient_kernel(
     SDA: tl.constexpr,
     KEPT: tl.constexpr,
     STACKED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -52,7 +53,7 @@ def weight_gradient_kernel(
         a_ptr += layer * (TERMS + SDA) * B * (end - begin) * J
         x_ptr += layer * max(TERMS, 2) * B * J * D
         dW_ptr += layer * N * K * J * D
-        W_ptr = tile.weight(table_ptr, first + layer, W_ptr)
+        W_ptr = tile.weight(table_ptr, first + layer, W_ptr, ALIGNMENT)
     i = begin + tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
@@ -104,12 +105,13 @@ def weight_gradient(
     sda: bool,
     kept: bool = False,
     table: Tensor | None = None,
+    alignment: int = 16,
     layers: tuple[int, int] = (0, 1),
 ) -> None:
     """Fills dW [N, K, J, D] for the input capsules of a span, from the terms of d(vote).
 
-    With a table of weights' addresses, for a run of layers: all but W then have layers at the
-    front, and W tells the dtype.
+    With a table of weights' addresses, multiples of `alignment`, for a run of layers: all but W
+    then have layers at the front, and W tells the dtype.
     """
     B, N, K = u.shape[-3:]
     J, D = W.shape[2:]
@@ -126,6 +128,7 @@ def weight_gradient(
         SDA=sda,
         KEPT=kept,
         STACKED=table is not None,
+        ALIGNMENT=alignment,
         BLOCK_B=block_b,
         BLOCK_K=padded(K),
         BLOCK_J=block_j,

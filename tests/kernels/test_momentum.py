@@ -119,6 +119,32 @@ def test_narrow_weights(weights_dtype, backend, device):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("offset, alignment", [(0, 16), (1, 4), (2, 8)])  # in numbers of 4 bytes
+def test_weights_that_are_views_into_a_flat_buffer(offset, alignment, backend, device):
+    """Kernels that take W from a table of addresses are told how those are aligned."""
+    x, v, g, weights, _ = tensors(device, 2, torch.float32, shape=(2, 8, 4))  # 128-bit loads
+    flat = torch.zeros(offset + 2 * 1024, device=device)
+    views = [flat[offset + n * 1024 :][:1024].view(8, 4, 8, 4) for n in range(2)]
+    for view, W in zip(views, weights, strict=True):
+        view.copy_(W)
+    modes = dict(gamma=0.9, anchor_every=5, block_layers=0, backend=backend, method="sda")
+
+    def gradients(x, v, weights, function):
+        weights = [W.detach().requires_grad_() for W in weights]  # not cloned: still views
+        out = function(x, v, weights, biases=[], **modes)
+        return [out, *torch.autograd.grad(out, weights, g.to(out.dtype))]
+
+    with recording() as launches:
+        gradients(x, v, views, momentum_routing)
+    told = {x.options["ALIGNMENT"] for x in launches if x.options.get("ALIGNMENT")}
+    on_chip = any(x.kernel.__name__ == "momentum_forward_kernel" for x in launches)
+    assert told == ({alignment} if on_chip else {16} if launches else set())
+    got = gradients(x, v, views, momentum_routing)
+    want = gradients(x.double(), v.double(), [W.double() for W in weights], plain)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
 def test_same_inputs_same_bits(backend, device):
     x, v, g, weights, biases = tensors(device, 3, torch.float32)
     once = run(momentum_routing, x, v, g, weights, biases, backend=backend)
