@@ -50,7 +50,7 @@ def train(options: TrainOptions) -> Path:
     accelerator = make_accelerator(options.machine, options.optim.gradient_accumulation)
     make_repeatable(options.optim.seed)
     train_set, test_set = load_data(options.data, accelerator)
-    model = build(options)
+    model = build(options, train_set)
     batch_size, epochs = options.optim.batch_size, options.optim.epochs
     steps_per_epoch = -(-len(train_set) // batch_size)
     optimizer, schedule = build_optimizer(

@@ -21,18 +21,14 @@ ModelName = Literal["mocapsnet", "rescapsnet", "capsnet"]
 
 @dataclass(frozen=True)
 class Preset:
-    """What a data set fixes (classes, image shape) and the sizes that suit it.
+    """The sizes that suit a data set.
 
     Attributes:
-        classes: number of classes.
-        image_shape: (channels, height, width) in pixels, after cropping.
         pad: black pixels added on each side before the random crop in training.
         epochs, batch_size: length of a run, samples per optimiser step.
         channels, kernel_size, stride: of the two convolutions; stride is that of the second.
     """
 
-    classes: int
-    image_shape: tuple[int, int, int]
     pad: int = 2
     epochs: int = 60
     batch_size: int = 128
@@ -42,14 +38,12 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "digits": Preset(
-        10, (1, 8, 8), pad=1, epochs=30, batch_size=32, channels=64, kernel_size=3, stride=1
-    ),
-    "mnist": Preset(10, (1, 28, 28), epochs=30),
-    "fashion-mnist": Preset(10, (1, 28, 28), epochs=30),
-    "svhn": Preset(10, (3, 32, 32)),
-    "cifar10": Preset(10, (3, 32, 32)),
-    "cifar100": Preset(100, (3, 32, 32)),
+    "digits": Preset(pad=1, epochs=30, batch_size=32, channels=64, kernel_size=3, stride=1),
+    "mnist": Preset(epochs=30),
+    "fashion-mnist": Preset(epochs=30),
+    "svhn": Preset(),
+    "cifar10": Preset(),
+    "cifar100": Preset(),
 }
 
 

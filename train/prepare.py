@@ -16,7 +16,7 @@ from torch import nn
 from mocapsnet import CapsNetConfig, build_model
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
-from mocapsnet.train.options import PRESETS, DataOptions, MachineOptions, TrainOptions
+from mocapsnet.train.options import DataOptions, MachineOptions, TrainOptions
 
 
 def make_accelerator(machine: MachineOptions, micro_batches: int = 1) -> Accelerator:
@@ -73,13 +73,15 @@ def load_data(
     return train_set.first(limit).to(device), test_set.first(limit).to(device)
 
 
-def build(options: TrainOptions) -> nn.Module:
-    """The network that resolved options describe. Raises: InputError if the sizes do not fit."""
-    chosen = PRESETS[options.data.dataset]
+def build(options: TrainOptions, images: data.ImageSet) -> nn.Module:
+    """The network that resolved options describe, for such images.
+
+    Raises: InputError if the sizes do not fit.
+    """
     sizes = dataclasses.asdict(options.model)
     name = sizes.pop("name")
     try:
-        config = CapsNetConfig(image_shape=chosen.image_shape, classes=chosen.classes, **sizes)
+        config = CapsNetConfig(image_shape=images.image_shape, classes=len(images.classes), **sizes)
         return build_model(name, config)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -29,7 +29,7 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
     accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
     make_repeatable(options.optim.seed)
     _, test_set = load_data(source, accelerator)
-    model = build(options)
+    model = build(options, test_set)
     checkpoints.load_weights(checkpoint, model)
     accelerator.prepare(model)
     criterion = CapsuleLoss(options.optim.reconstruction_weight)

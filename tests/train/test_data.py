@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from torchvision import datasets as tv
 
 from mocapsnet.train import data
+from mocapsnet.train.data import builtin
 from mocapsnet.train.errors import InputError
-from mocapsnet.train.options import PRESETS
 
 RNG = np.random.default_rng(0)
 SIZES = {"train": 10, "test": 5}
@@ -60,6 +61,7 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
 def write_cifar(reader: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
     """Pickles with rows of 3 x 32 x 32 bytes."""
     key = "fine_labels" if reader is tv.CIFAR100 else "labels"
+    names = [f"class {i}" for i in range(100 if reader is tv.CIFAR100 else 10)]
     folder = root / reader.base_folder
     folder.mkdir()
     written = {}
@@ -75,7 +77,7 @@ def write_cifar(reader: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> dic
         written[split] = tuple(np.concatenate(p) for p in zip(*parts, strict=True))
         monkeypatch.setattr(reader, listed, files)
     meta = dict(reader.meta)
-    (folder / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: ["a", "b"]}))
+    (folder / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: names}))
     monkeypatch.setattr(reader, "meta", meta | {"md5": md5(folder / meta["filename"])})
     return written
 
@@ -100,7 +102,8 @@ def test_readers_give_the_bytes_of_the_files(
         expected, labels = written[split]
         assert images.images.dtype == torch.uint8 and images.labels.dtype == torch.int64
         assert images.images.is_contiguous()
-        assert images.images.shape[1:] == PRESETS[name].image_shape
+        assert images.image_shape == data.SHAPES[name]
+        assert len(images.classes) == (100 if name == "cifar100" else 10)
         np.testing.assert_array_equal(images.images.numpy(), expected)
         np.testing.assert_array_equal(images.labels.numpy(), labels)
 
@@ -131,8 +134,8 @@ def test_files_listed_as_expected_are_those_torchvision_looks_for() -> None:
         assert data.FILES[name] == [f"{reader.base_folder}/{file}" for file in listed]
     for name, reader in (("mnist", tv.MNIST), ("fashion-mnist", tv.FashionMNIST)):
         listed = {Path(file).stem for file, _ in reader.resources}
-        assert data.FILES[name] == [f"{reader.__name__}/raw/{f}" for f in data._MNIST_FILES]
-        assert listed == set(data._MNIST_FILES)
+        assert data.FILES[name] == [f"{reader.__name__}/raw/{f}" for f in builtin._MNIST_FILES]
+        assert listed == set(builtin._MNIST_FILES)
     assert set(data.FILES["svhn"]) == {tv.SVHN.split_list[s][1] for s in ("train", "test")}
 
 
@@ -146,12 +149,120 @@ def test_download_is_done_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (len(train), len(test)) == (SIZES["train"], SIZES["test"])
 
 
-def test_altered_files_are_one_clear_error(tmp_path: Path) -> None:
-    for file in data.FILES["cifar10"]:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_bytes(b"not a pickle")
-    with pytest.raises(InputError, match="cannot read the data"):
-        data.load("cifar10", str(tmp_path), download=False)
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+def idx(*shape: int, kind: int = 8) -> bytes:
+    """An idx file of zeros; kind 8 is bytes, 13 float32."""
+    header = struct.pack(f">{1 + len(shape)}i", kind * 256 + len(shape), *shape)
+    return header + bytes(int(np.prod(shape)) * (4 if kind == 13 else 1))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        (IMAGES, idx(10, 28, 28)[:-1], "cannot be read as what its name says"),
+        (IMAGES, idx(10, 28, 28) + b"0", "cannot be read as what its name says"),
+        (IMAGES, b"", "it is 0 bytes"),
+        (IMAGES, idx(0, 28, 28), "it is 16 bytes"),  # no images
+        (IMAGES, idx(10, 28, 28)[:9], "delete it and run again with --download"),
+        (IMAGES, b"\x1f\x8b" + bytes(100), "incomplete or altered"),  # still packed
+        (IMAGES, idx(10, 28, 28, kind=13), "cannot be read as what its name says"),
+        (IMAGES, idx(10, 28, 27), "images are 1 x 28 x 27, but must be 1 x 28 x 28 (C x H x W)"),
+        (IMAGES, idx(9, 28, 28), f"holds 9 images, but {{folder}}/{LABELS} holds 10 labels"),
+        (LABELS, idx(10)[:-1], "cannot be read as what its name says"),
+        (LABELS, idx(11), f"{{folder}}/{IMAGES} holds 10 images, but"),
+        (LABELS, idx(11)[:-1], "incomplete or altered"),
+        (
+            LABELS,
+            idx(10)[:-3] + b"\x0a\x00\xff",
+            "label 10 of image 7 (counted from 0) is outside 0..9",
+        ),
+    ],
+)
+def test_damaged_idx_files_are_named(
+    file: str, content: bytes, expected: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    write_idx(folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        data.load("mnist", str(tmp_path), download=False)
+    message = str(error.value)
+    assert f"{folder / file}" in message and expected.format(folder=folder) in message
+    assert "\n" not in message
+
+
+class Malicious:
+    """A pickle that leaves a file behind when it is read."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("name", ["svhn", "cifar10", "cifar100"])
+@pytest.mark.parametrize("damage", ["truncated", "malicious"])
+def test_files_with_another_checksum_are_named_and_not_read(
+    name: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "svhn":
+        write_svhn(tmp_path, monkeypatch)
+    else:
+        write_cifar(tv.CIFAR100 if name == "cifar100" else tv.CIFAR10, tmp_path, monkeypatch)
+    for file in data.FILES[name]:
+        path = tmp_path / file
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] if damage == "truncated" else pickle.dumps(Malicious()))
+        with pytest.raises(InputError, match="does not have its published checksum") as error:
+            data.load(name, str(tmp_path), download=False)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        path.write_bytes(good)
+    assert not Path("executed").exists()
+    data.load(name, str(tmp_path), download=False)
+
+
+def test_nothing_but_the_files_listed_is_read(tmp_path: Path) -> None:
+    """torchvision prefers, where it is there, what its versions before 2021 wrote."""
+    written = write_idx(tmp_path / "MNIST" / "raw")
+    processed = tmp_path / "MNIST" / "processed"
+    processed.mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3)), processed / name)
+    train, _ = data.load("mnist", str(tmp_path), download=False)
+    np.testing.assert_array_equal(train.images.numpy(), written["train"][0])
+
+
+def test_failed_download_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+    monkeypatch.setattr(tv.MNIST, "download", fail)
+    with pytest.raises(InputError, match=r"--download failed \(EOFError: Compressed"):
+        data.load("mnist", str(tmp_path), download=True)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "expected"),
+    [
+        (np.zeros((2, 1, 4, 4), np.float32), [0, 1], "a: pixels are float32"),
+        (np.zeros((2, 4, 4), np.uint8), [0, 1], "a: images are 4 x 4, but must be [N, C, H, W]"),
+        (np.zeros((2, 1, 4, 4), np.uint8), [0.0, 1.0], "b: labels are float64 of shape [2]"),
+        (np.zeros((2, 1, 4, 4), np.uint8), [[0], [1]], "b: labels are int64 of shape [2, 1]"),
+        (np.zeros((0, 1, 4, 4), np.uint8), np.zeros(0, int), "a holds no images"),
+        (np.zeros((2, 1, 4, 4), np.uint8), [0, -1], "b: label -1 of image 1"),
+        (
+            np.zeros((2, 1, 4, 4), np.uint8),
+            [3, 0],
+            "label 3 of image 0 (counted from 0) is outside 0..2",
+        ),
+    ],
+)
+def test_what_no_reader_may_give(images: Any, labels: Any, expected: str) -> None:
+    with pytest.raises(InputError) as error:
+        data.image_set(images, labels, "xyz", ("a", "b"))
+    assert expected in str(error.value)
 
 
 def test_digits_split() -> None:
@@ -159,7 +270,8 @@ def test_digits_split() -> None:
 
     train, test = data.load("digits", "", False)
     assert (len(train), len(test)) == (1347, 450)
-    assert train.images.shape[1:] == PRESETS["digits"].image_shape
+    assert train.image_shape == data.SHAPES["digits"]
+    assert train.classes == test.classes == tuple("0123456789")
     # 0..16 becomes 0..255, exactly invertible.
     restored = torch.cat([train.images, test.images]).double().mul(16 / 255).round().flatten(1)
     original = torch.from_numpy(load_digits().data)

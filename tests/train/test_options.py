@@ -17,6 +17,7 @@ import mocapsnet.benchmarks
 import mocapsnet.train
 from mocapsnet import CapsNetConfig, cli
 from mocapsnet.train import prepare
+from mocapsnet.train.data import SHAPES
 from mocapsnet.train.options import (
     PRESETS,
     MachineOptions,
@@ -36,9 +37,8 @@ Command = Callable[..., tuple[int, str, str]]
 def test_presets_make_networks_that_fit(dataset: str) -> None:
     options = cli.parse(["train", "--dataset", dataset])
     assert isinstance(options, TrainOptions)
-    chosen = PRESETS[dataset]
     sizes = {k: v for k, v in dataclasses.asdict(options.model).items() if k != "name"}
-    config = CapsNetConfig(image_shape=chosen.image_shape, classes=chosen.classes, **sizes)
+    config = CapsNetConfig(image_shape=SHAPES[dataset], classes=10, **sizes)
     assert config.primary_capsules > 0
     assert None not in (options.optim.epochs, options.optim.batch_size, options.data.pad)
 

@@ -1,0 +1,74 @@
+"""Pixels, normalisation, random crops, and the order of an epoch; all on whole batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mocapsnet.train.data.image_set import ImageSet
+
+
+def epoch_order(count: int, pad: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """The order of the images in one epoch, and where each of them is cropped.
+
+    Drawn for the whole epoch on the CPU from (seed, epoch) alone, so it is the same on every
+    device, for any number of processes, and after a resume.
+
+    Returns: permutation [count] int64; row and column offsets [count, 2] int64 in 0..2 pad, the
+        k-th for the k-th image of the permutation.
+    """
+    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    order = torch.randperm(count, generator=generator)
+    return order, torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
+
+
+def random_crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
+    """Pad with black, then cut each image back to its size at its own offset.
+
+    An offset of (pad, pad) is the centre crop, which gives back the image itself: testing
+    therefore uses the images as they are.
+
+    Args:
+        images: [B, C, H, W], any dtype.
+        offsets: [B, 2] int64, row and column in 0..2 pad.
+    Returns: [B, C, H, W].
+    """
+    B, C, H, W = images.shape
+    padded = F.pad(images, (pad, pad, pad, pad))
+    rows = offsets[:, 0, None] + torch.arange(H, device=images.device)  # [B, H]
+    columns = offsets[:, 1, None] + torch.arange(W, device=images.device)  # [B, W]
+    sample = torch.arange(B, device=images.device)[:, None, None, None]
+    channel = torch.arange(C, device=images.device)[None, :, None, None]
+    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def training_batch(
+    train_set: ImageSet, indices: Tensor, offsets: Tensor, pad: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a training step works on.
+
+    Args:
+        indices: [B] int64, which images.
+        offsets: [B, 2] int64, where each is cropped, see `random_crop`.
+    Returns: normalised images [B, C, H, W], their pixels in [0, 1], labels [B].
+    """
+    pixels = to_pixels(random_crop(train_set.images[indices], offsets, pad))
+    return normalise(pixels), pixels, train_set.labels[indices]
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 [0, 1]."""
+    return images.float() / 255
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Zero mean and unit variance over each image [C, H, W]; a constant image becomes zero."""
+    mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
+    centred = pixels - mean
+    std = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    # The least std of an 8-bit image that is not constant is 1/255 sqrt((1 - 1/n)/n) for n values.
+    n = pixels[0].numel() if len(pixels) else 1
+    return centred / std.clamp_min(0.5 / 255 / n**0.5)
