@@ -63,11 +63,13 @@ def make_repeatable(seed: int) -> None:
 def load_data(
     options: DataOptions, accelerator: Accelerator
 ) -> tuple[data.ImageSet, data.ImageSet]:
-    """Training and test images on the device. With --download one process fetches for all."""
-    if options.download and not accelerator.is_main_process:
+    """Training and test images on the device. One process fetches or decodes for all."""
+    main = accelerator.is_main_process
+    shared_work = options.download or options.dataset == "folder"
+    if shared_work and not main:
         accelerator.wait_for_everyone()
-    train_set, test_set = data.load(options.dataset, options.data_dir, options.download)
-    if options.download and accelerator.is_main_process:
+    train_set, test_set = data.load(options, quiet=not main)
+    if shared_work and main:
         accelerator.wait_for_everyone()
     limit, device = options.limit, accelerator.device
     return train_set.first(limit).to(device), test_set.first(limit).to(device)
