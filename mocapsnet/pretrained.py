@@ -179,7 +179,7 @@ def _read(folder: Path, wanted: type[CapsNet]) -> CapsNet:
                 f"it holds a {saved.__name__}, not a {wanted.__name__}: use "
                 f"{saved.__name__}.from_pretrained"
             )
-        with torch.device("meta"):  # no weights are drawn only to be replaced
+        with torch.random.fork_rng(devices=[]):  # the weights it draws are replaced
             model = saved(**options)
         model.class_names = names
     except KeyError as error:
