@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
-from mocapsnet import CapsNetConfig, build_model
+from mocapsnet import CapsNet, CapsNetConfig, build_model
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import DataOptions, MachineOptions, TrainOptions
@@ -75,7 +74,7 @@ def load_data(
     return train_set.first(limit).to(device), test_set.first(limit).to(device)
 
 
-def build(options: TrainOptions, images: data.ImageSet) -> nn.Module:
+def build(options: TrainOptions, images: data.ImageSet) -> CapsNet:
     """The network that resolved options describe, for such images.
 
     Raises: InputError if the sizes do not fit.
@@ -84,9 +83,11 @@ def build(options: TrainOptions, images: data.ImageSet) -> nn.Module:
     name = sizes.pop("name")
     try:
         config = CapsNetConfig(image_shape=images.image_shape, classes=len(images.classes), **sizes)
-        return build_model(name, config)
+        model = build_model(name, config)
     except ValueError as error:
         raise InputError(str(error)) from error
+    model.class_names = images.classes
+    return model
 
 
 def new_run_folder(options: TrainOptions, accelerator: Accelerator) -> Path:
