@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-gpu test-compiled test-versions benchmarks gpu-report guard lint format format-check typecheck build clean distclean
+.PHONY: help train test test-gpu test-compiled test-versions benchmarks gpu-report guard lint format format-check typecheck docs docs-serve build clean distclean
 
 help: ## show this list
 	@echo "MoCapsNet: momentum capsule networks with fused routing"
@@ -67,6 +67,13 @@ typecheck: $(VENV)/.installed-dev ## check types with mypy
 	@cd $(TYPED) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" -p mocapsnet > output; status=$$?; \
 		sed -E 's#^mocapsnet/(kernels|train|benchmarks)/#\1/#' output; exit $$status
+
+# A warning, as of a link that leads nowhere, is an error; --quiet would hide them from --strict.
+docs: $(VENV)/.installed-dev ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/.installed-dev ## show the documentation at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve $(ARGS)
 
 build: $(VENV)/.installed-dev ## build the source distribution and the wheel into dist/
 	rm -rf dist

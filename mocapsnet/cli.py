@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Import names of what `pip install "mocapsnet[train]"` adds.
 EXTRA = [
-    "PIL",
     "accelerate",
     "matplotlib",
     "pytorch_optimizer",
