@@ -12,6 +12,10 @@ from .model import (
     ResCapsNet,
     build_model,
 )
+from .model_card import ModelCard
+from .prediction import Predictions
+from .preprocessing import Preprocessing
+from .pretrained import load
 from .reversible import MomentumStack, ResidualStack
 
 __version__ = "0.1.0"
@@ -27,10 +31,14 @@ __all__ = [
     "LossParts",
     "MarginLoss",
     "MoCapsNet",
+    "ModelCard",
     "MomentumStack",
+    "Predictions",
+    "Preprocessing",
     "PrimaryCapsules",
     "ResCapsNet",
     "ResidualStack",
     "build_model",
     "inspect_layers",
+    "load",
 ]

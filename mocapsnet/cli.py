@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Import names of what `pip install "mocapsnet[train]"` adds.
 EXTRA = [
+    "PIL",
     "accelerate",
     "matplotlib",
     "pytorch_optimizer",

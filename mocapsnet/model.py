@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .kernels import checks
 from .layers import CapsuleLayer, PrimaryCapsules, squashed, unsquashed
+from .pretrained import Pretrained
 from .reversible import MomentumStack, ResidualStack
 
 HIDDEN_SUM_LENGTH = 0.5
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
         return self.layers(capsules.flatten(1)).unflatten(1, self.image_shape)
 
 
-class CapsNet(nn.Module):
+class CapsNet(Pretrained):
     """A capsule network: two convolutions, primary capsules, capsule layers, decoder.
 
     With `init="length"` every capsule layer starts with weighted sums of known length, about 0.5

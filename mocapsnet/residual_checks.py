@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from .layers import CapsuleLayer
+
+CALLS = (CapsuleLayer.forward, CapsuleLayer.__call__, CapsuleLayer._call_impl)
 
 Versions = list[tuple[Tensor, int]]
 
@@ -31,10 +34,34 @@ def checked_output(f: Any, x: Tensor, n: int, layer: nn.Module) -> Tensor:
 
 
 def known(layer: nn.Module) -> bool:
-    """Whether a layer needs no check: it draws no random numbers and changes nothing."""
-    hooks = [layer._forward_hooks, layer._forward_pre_hooks]
-    hooks += [layer._backward_hooks, layer._backward_pre_hooks]
-    return type(layer) is CapsuleLayer and not any(hooks)
+    """Whether calling this layer is `CapsuleLayer.forward` as this library defines it and no more.
+
+    Then it draws no random numbers, changes nothing, and may be run by the fused operation. A
+    subclass may do otherwise, which parametrizations, `fully_shard` and the like make of a layer,
+    and so may a hook, a forward of the object's own (Accelerate, many LoRAs) or a compiled call.
+    """
+    if type(layer) is not CapsuleLayer or layer._compiled_call_impl is not None:
+        return False
+    own = vars(layer)
+    if "forward" in own or "_call_impl" in own or layer.forward is None:
+        return False  # the last only has torch.compile watch for a later forward of its own
+    return not (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def patched() -> bool:
+    """Whether a call of any `CapsuleLayer` does something else: a global hook, a patched class."""
+    calls = (CapsuleLayer.forward, CapsuleLayer.__call__, CapsuleLayer._call_impl)
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    ) or any(call is not own for call, own in zip(calls, CALLS, strict=True))
 
 
 def versions(tensors: Iterable[Tensor]) -> Versions:

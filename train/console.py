@@ -48,6 +48,7 @@ def list_folder(run: Path) -> None:
         "config.json": "options, versions, command lines",
         "metrics.jsonl": "the numbers of each epoch",
         "tensorboard": "the same, for TensorBoard",
+        "model": "the trained network, for mocapsnet.load and mocapsnet predict",
         "checkpoints": "the state after the last epoch",
         "learning_curves.png": "loss and accuracy over the epochs",
         "reconstructions.png": "test images beside their reconstructions",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mocapsnet import CapsuleLoss
-from mocapsnet.train import checkpoints, console, data
+from mocapsnet.train import checkpoints, console, data, model_folder
 from mocapsnet.train.errors import Diverged, Interrupted
 from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.metrics import MetricsLog, Row
@@ -95,6 +95,8 @@ def train(options: TrainOptions) -> Path:
                     log.append(row)
                     print(console.summary(row, epochs), flush=True)
                 checkpoint = checkpoints.save(accelerator, run, epoch + 1)
+                if log is not None:
+                    model_folder.write(run, bare_model, options, tested.accuracy, epoch + 1)
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped in epoch {epoch + 1}; continue with: mocapsnet train --resume {run}"
@@ -104,6 +106,7 @@ def train(options: TrainOptions) -> Path:
     if log is not None:
         log.close()
         write_pictures(run, log.rows, bare_model, test_set, tested)
+        model_folder.write(run, bare_model, options, tested.accuracy, max(epochs, epochs_done))
         console.list_folder(run)
     accelerator.end_training()
     return run

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from mocapsnet.train.errors import InputError
 
-DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100"]
+DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "folder"]
 ModelName = Literal["mocapsnet", "rescapsnet", "capsnet"]
 
 
@@ -44,6 +44,7 @@ PRESETS: dict[str, Preset] = {
     "svhn": Preset(),
     "cifar10": Preset(),
     "cifar100": Preset(),
+    "folder": Preset(),
 }
 
 
@@ -70,9 +71,11 @@ class DataOptions:
     """Images and how they are presented."""
 
     dataset: DatasetName = "digits"
-    """Data set. digits is embedded; the others are read from files."""
+    """Data set. digits is embedded; folder is any folder of images, DATA_DIR/train/CLASS/*.png and
+    DATA_DIR/test/CLASS/*.png or only DATA_DIR/CLASS/*.png, also .jpg and the like; the others are
+    read from their files."""
     data_dir: str = "data"
-    """Folder that holds the data sets' files."""
+    """Folder that holds the data sets' files, or the images."""
     download: bool = False
     """Download the data set if its files are missing."""
     pad: Annotated[Size, preset("pad: Pixels padded on each side for the random crop.")] = (
@@ -80,6 +83,16 @@ class DataOptions:
     )
     limit: int | None = None
     """Use only the first N training images and the first N test images (None: all)."""
+    image_size: int | None = None
+    """With --dataset folder, the images' height and width in pixels; others are resized and cut
+    (None: as they are, or 32 if their sizes differ)."""
+    test_share: float | None = None
+    """With --dataset folder and no test folder, the share of each class that is held out (None: a
+    fifth)."""
+    split_seed: int = 0
+    """Seed of which images are held out; not --seed, so that runs are tested alike."""
+    broken_images: Literal["refuse", "skip"] = "refuse"
+    """With --dataset folder, what to do with images that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +247,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "--gradient-accumulation": options.optim.gradient_accumulation,
         "--lr": options.optim.lr,
         "--limit": 1 if options.data.limit is None else options.data.limit,
+        "--image-size": 1 if options.data.image_size is None else options.data.image_size,
     }
     for name, value in positive.items():
         if not 0 < value < math.inf:
@@ -242,10 +256,23 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "--pad": options.data.pad,
         "--reconstruction-weight": options.optim.reconstruction_weight,
         "--seed": options.optim.seed,
+        "--split-seed": options.data.split_seed,
     }
     for name, value in at_least_zero.items():
         if not value >= 0:
             raise InputError(f"{name} must be 0 or greater, got {value}")
+    share = options.data.test_share
+    if share is not None and not 0 < share < 1:
+        raise InputError(f"--test-share must be between 0 and 1, got {share}")
+    if options.data.dataset != "folder":
+        unused = DataOptions(dataset="folder")
+        for field_name in ("image_size", "test_share", "split_seed", "broken_images"):
+            value = getattr(options.data, field_name)
+            if value != getattr(unused, field_name):
+                raise InputError(
+                    f"{flag(field_name)} {value} is for --dataset folder; {options.data.dataset} "
+                    "has images of one size and a test set of its own"
+                )
     return options
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
-from mocapsnet import CapsNetConfig, build_model
+from mocapsnet import CapsNet, CapsNetConfig, build_model
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import DataOptions, MachineOptions, TrainOptions
@@ -63,17 +62,19 @@ def make_repeatable(seed: int) -> None:
 def load_data(
     options: DataOptions, accelerator: Accelerator
 ) -> tuple[data.ImageSet, data.ImageSet]:
-    """Training and test images on the device. With --download one process fetches for all."""
-    if options.download and not accelerator.is_main_process:
+    """Training and test images on the device. One process fetches or decodes for all."""
+    main = accelerator.is_main_process
+    shared_work = options.download or options.dataset == "folder"
+    if shared_work and not main:
         accelerator.wait_for_everyone()
-    train_set, test_set = data.load(options.dataset, options.data_dir, options.download)
-    if options.download and accelerator.is_main_process:
+    train_set, test_set = data.load(options, quiet=not main)
+    if shared_work and main:
         accelerator.wait_for_everyone()
     limit, device = options.limit, accelerator.device
     return train_set.first(limit).to(device), test_set.first(limit).to(device)
 
 
-def build(options: TrainOptions, images: data.ImageSet) -> nn.Module:
+def build(options: TrainOptions, images: data.ImageSet) -> CapsNet:
     """The network that resolved options describe, for such images.
 
     Raises: InputError if the sizes do not fit.
@@ -82,9 +83,11 @@ def build(options: TrainOptions, images: data.ImageSet) -> nn.Module:
     name = sizes.pop("name")
     try:
         config = CapsNetConfig(image_shape=images.image_shape, classes=len(images.classes), **sizes)
-        return build_model(name, config)
+        model = build_model(name, config)
     except ValueError as error:
         raise InputError(str(error)) from error
+    model.class_names = images.classes
+    return model
 
 
 def new_run_folder(options: TrainOptions, accelerator: Accelerator) -> Path:

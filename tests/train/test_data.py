@@ -98,7 +98,9 @@ def test_readers_give_the_bytes_of_the_files(
     else:
         folder = "MNIST" if name == "mnist" else "FashionMNIST"
         written = write_idx(tmp_path / folder / "raw")
-    for split, images in zip(("train", "test"), data.load(name, str(tmp_path), False), strict=True):
+    for split, images in zip(
+        ("train", "test"), builtin.load(name, str(tmp_path), False), strict=True
+    ):
         expected, labels = written[split]
         assert images.images.dtype == torch.uint8 and images.labels.dtype == torch.int64
         assert images.images.is_contiguous()
@@ -121,7 +123,7 @@ def test_missing_files_are_listed_and_not_fetched(
     present.parent.mkdir(parents=True, exist_ok=True)
     present.touch()
     with pytest.raises(InputError, match="--download") as error:
-        data.load(name, str(tmp_path), download=False)
+        builtin.load(name, str(tmp_path), download=False)
     for file in data.FILES[name][1:]:
         assert str(tmp_path / file) in str(error.value)
     assert str(present) + "\n" not in str(error.value)
@@ -145,7 +147,7 @@ def test_download_is_done_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
             write_idx(Path(reader.raw_folder))
 
     monkeypatch.setattr(tv.MNIST, "download", fetch)
-    train, test = data.load("mnist", str(tmp_path), download=True)
+    train, test = builtin.load("mnist", str(tmp_path), download=True)
     assert (len(train), len(test)) == (SIZES["train"], SIZES["test"])
 
 
@@ -187,7 +189,7 @@ def test_damaged_idx_files_are_named(
     write_idx(folder)
     (folder / file).write_bytes(content)
     with pytest.raises(InputError) as error:
-        data.load("mnist", str(tmp_path), download=False)
+        builtin.load("mnist", str(tmp_path), download=False)
     message = str(error.value)
     assert f"{folder / file}" in message and expected.format(folder=folder) in message
     assert "\n" not in message
@@ -214,11 +216,11 @@ def test_files_with_another_checksum_are_named_and_not_read(
         good = path.read_bytes()
         path.write_bytes(good[:-1] if damage == "truncated" else pickle.dumps(Malicious()))
         with pytest.raises(InputError, match="does not have its published checksum") as error:
-            data.load(name, str(tmp_path), download=False)
+            builtin.load(name, str(tmp_path), download=False)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         path.write_bytes(good)
     assert not Path("executed").exists()
-    data.load(name, str(tmp_path), download=False)
+    builtin.load(name, str(tmp_path), download=False)
 
 
 def test_nothing_but_the_files_listed_is_read(tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_nothing_but_the_files_listed_is_read(tmp_path: Path) -> None:
     processed.mkdir()
     for name in ("training.pt", "test.pt"):
         torch.save((torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3)), processed / name)
-    train, _ = data.load("mnist", str(tmp_path), download=False)
+    train, _ = builtin.load("mnist", str(tmp_path), download=False)
     np.testing.assert_array_equal(train.images.numpy(), written["train"][0])
 
 
@@ -240,7 +242,7 @@ def test_failed_download_is_one_clear_error(
 
     monkeypatch.setattr(tv.MNIST, "download", fail)
     with pytest.raises(InputError, match=r"--download failed \(EOFError: Compressed"):
-        data.load("mnist", str(tmp_path), download=True)
+        builtin.load("mnist", str(tmp_path), download=True)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,7 @@ def test_what_no_reader_may_give(images: Any, labels: Any, expected: str) -> Non
 def test_digits_split() -> None:
     from sklearn.datasets import load_digits
 
-    train, test = data.load("digits", "", False)
+    train, test = builtin.load("digits", "", False)
     assert (len(train), len(test)) == (1347, 450)
     assert train.image_shape == data.SHAPES["digits"]
     assert train.classes == test.classes == tuple("0123456789")

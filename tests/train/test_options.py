@@ -33,7 +33,7 @@ from .helpers import run_process
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("dataset", PRESETS)
+@pytest.mark.parametrize("dataset", SHAPES)
 def test_presets_make_networks_that_fit(dataset: str) -> None:
     options = cli.parse(["train", "--dataset", dataset])
     assert isinstance(options, TrainOptions)
@@ -117,6 +117,11 @@ def test_help_as_a_process() -> None:
         ("train --batch-size -1", "--batch-size must be greater than 0, got -1"),
         ("train --lr nan", "--lr must be greater than 0, got nan"),
         ("train --limit 0", "--limit must be greater than 0, got 0"),
+        ("train --test-share 1", "--test-share must be between 0 and 1, got 1.0"),
+        ("train --image-size 0 --dataset folder", "--image-size must be greater than 0, got 0"),
+        ("train --image-size 9", "--image-size 9 is for --dataset folder"),
+        ("train --broken-images skip", "--broken-images skip is for --dataset folder"),
+        ("train --dataset folder --data-dir used", "class folder in used"),
         ("train --pad -1", "--pad must be 0 or greater, got -1"),
         ("train --kernel-size 9", "8x8"),
         ("train --gamma 1.5", "gamma"),

@@ -37,7 +37,14 @@ def test_two_epochs_on_digits_from_the_command_line() -> None:
     assert done.returncode == 0, done.stderr
     run = Path("run")
     written = {path.name for path in run.iterdir()}
-    assert written == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", *PICTURES}
+    assert written == {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "model",
+        *PICTURES,
+    }
     for name in written:
         assert name in done.stdout.split("run holds:")[1]
     for name in PICTURES:

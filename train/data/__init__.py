@@ -2,20 +2,20 @@
 
     image_set.py    what a data set is once it is read, and every check on what was read
     builtin.py      the data sets with a name: the embedded digits, MNIST, SVHN, CIFAR, ...
-    transforms.py   pixels, normalisation, crops, and the order of an epoch
+    folder.py       any folder of images, decoded by decode.py and kept by cache.py
+    transforms.py   crops, and the order of an epoch
+
+Pixels and their normalisation are those of prediction, `mocapsnet.preprocessing`.
 
 Readers return whole data sets; nothing in a training step touches an image one at a time in Python.
 """
 
-from mocapsnet.train.data.builtin import FILES, SHAPES, load
+from mocapsnet.preprocessing import normalise, to_pixels
+from mocapsnet.train.data import builtin, folder
+from mocapsnet.train.data.builtin import FILES, SHAPES
 from mocapsnet.train.data.image_set import ImageSet, image_set
-from mocapsnet.train.data.transforms import (
-    epoch_order,
-    normalise,
-    random_crop,
-    to_pixels,
-    training_batch,
-)
+from mocapsnet.train.data.transforms import epoch_order, random_crop, training_batch
+from mocapsnet.train.options import DataOptions
 
 __all__ = [
     "FILES",
@@ -29,3 +29,22 @@ __all__ = [
     "to_pixels",
     "training_batch",
 ]
+
+
+def load(options: DataOptions, quiet: bool = False) -> tuple[ImageSet, ImageSet]:
+    """Read the training and the test images of a data set onto the CPU, and check them.
+
+    Args:
+        quiet: print nothing.
+    Raises: InputError if files are missing or cannot be right.
+    """
+    if options.dataset == "folder":
+        return folder.load(
+            options.data_dir,
+            image_size=options.image_size,
+            test_share=options.test_share,
+            split_seed=options.split_seed,
+            broken=options.broken_images,
+            quiet=quiet,
+        )
+    return builtin.load(options.dataset, options.data_dir, options.download)

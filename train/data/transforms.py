@@ -1,4 +1,4 @@
-"""Pixels, normalisation, random crops, and the order of an epoch; all on whole batches."""
+"""Random crops and the order of an epoch, on whole batches; pixels are those of prediction."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mocapsnet.preprocessing import normalise, to_pixels
 from mocapsnet.train.data.image_set import ImageSet
 
 
@@ -57,18 +58,3 @@ def training_batch(
     """
     pixels = to_pixels(random_crop(train_set.images[indices], offsets, pad))
     return normalise(pixels), pixels, train_set.labels[indices]
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 [0, 1]."""
-    return images.float() / 255
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """Zero mean and unit variance over each image [C, H, W]; a constant image becomes zero."""
-    mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
-    centred = pixels - mean
-    std = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-    # The least std of an 8-bit image that is not constant is 1/255 sqrt((1 - 1/n)/n) for n values.
-    n = pixels[0].numel() if len(pixels) else 1
-    return centred / std.clamp_min(0.5 / 255 / n**0.5)

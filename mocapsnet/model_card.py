@@ -1,0 +1,106 @@
+"""The model card: what a trained network is, how it came about, how to use it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model import CapsNet
+
+PICTURE = "reconstructions.png"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known about a network's training; whatever is None is left out.
+
+    Args:
+        dataset: what it was trained on, as "mnist".
+        accuracy: share of the test images it gets right, in [0, 1].
+        epochs: passes over the training images.
+        command: the command line that trained it.
+        picture: a PNG file of reconstructions, copied beside the card.
+    """
+
+    dataset: str | None = None
+    accuracy: float | None = None
+    epochs: int | None = None
+    command: str | None = None
+    picture: Path | None = None
+
+    def write(self, path: Path, model: CapsNet) -> None:
+        """Write the card of `model` to `path`, and the picture beside it."""
+        if self.picture is not None:
+            picture = path.with_name(PICTURE)
+            if self.picture.resolve() != picture.resolve():
+                shutil.copyfile(self.picture, picture)
+        path.write_text(self.text(model), encoding="utf-8")
+
+    def text(self, model: CapsNet) -> str:
+        c = model.config
+        name = type(model).__name__
+        C, H, W = c.image_shape
+        parameters = sum(p.numel() for p in model.parameters())
+        title = f"{name} on {self.dataset}" if self.dataset else name
+        lines = [
+            "---",
+            *_yaml(self._metadata(title)),
+            "---",
+            "",
+            f"# {title}",
+            "",
+            f"A capsule network of the Python package mocapsnet for images of {C} x {H} x {W}.",
+            "",
+        ]
+        facts = {
+            "data set": self.dataset,
+            "test accuracy": None if self.accuracy is None else f"{self.accuracy:.2%}",
+            "epochs": self.epochs,
+            "parameters": f"{parameters:,}",
+            "blocks of two capsule layers": c.blocks,
+            "routing": f"{c.method}, {c.iterations} iterations",
+            "classes": ", ".join(model.class_names[:20]) + (" ..." if c.classes > 20 else ""),
+        }
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
+        if self.command:
+            lines += ["", "Trained by", "", "```sh", self.command, "```"]
+        lines += [
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import mocapsnet",
+            "",
+            'model = mocapsnet.load("FOLDER")      # the folder that holds this file',
+            'found = model.predict("image.png")    # or a PIL image, an array, a tensor, or many',
+            "print(found.names, found.lengths)",
+            "```",
+        ]
+        if self.picture is not None:
+            lines += ["", "## Reconstructions", "", f"![Test images, rebuilt]({PICTURE})"]
+        return "\n".join(lines) + "\n"
+
+    def _metadata(self, title: str) -> dict[str, Any]:
+        metadata: dict[str, Any] = {
+            "library_name": "mocapsnet",
+            "pipeline_tag": "image-classification",
+            "tags": ["capsule-network", "mocapsnet", "image-classification"],
+        }
+        if self.dataset is not None and self.accuracy is not None:
+            result = {
+                "task": {"type": "image-classification"},
+                "dataset": {"name": self.dataset, "type": self.dataset},
+                "metrics": [{"type": "accuracy", "value": round(self.accuracy, 6)}],
+            }
+            metadata["model-index"] = [{"name": title, "results": [result]}]
+        return metadata
+
+
+def _yaml(metadata: dict[str, Any]) -> list[str]:
+    """One line an entry; JSON is YAML."""
+    return [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]

@@ -1,0 +1,264 @@
+"""A trained network as a folder, in the form of the Hugging Face Hub.
+
+    FOLDER/config.json          format's version, network, class names, preprocessing
+    FOLDER/model.safetensors    weights
+    FOLDER/README.md            model card: what it is and how it came about, for people
+
+Names and meaning of the methods are those of `huggingface_hub.ModelHubMixin`. That package is
+needed for models that are fetched or published, not for folders, and imported only then. Nothing is
+ever unpickled.
+
+A change that makes older files mean something else, or a new field of `CapsNetConfig`, needs a new
+FORMAT, and code here that reads the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .model_card import ModelCard
+from .prediction import Predictor
+from .preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .model import CapsNet
+
+FORMAT = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+
+
+class Pretrained(Predictor):
+    """Saves a network to a folder or the Hub, and reads it from there."""
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], card: ModelCard | None = None
+    ) -> Path:
+        """Write the network, its class names and its preprocessing into a folder.
+
+        Args:
+            folder: made if it is missing; the three files in it are replaced.
+            card: what the model card says about the training.
+        Returns: the folder.
+        """
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {n: w.detach().cpu().contiguous() for n, w in self.state_dict().items()}
+        _write(folder / WEIGHTS, save(weights, {"format": "pt"}))
+        (card or ModelCard()).write(folder / CARD, self)  # type: ignore[arg-type]
+        _write(folder / CONFIG, (json.dumps(_config(self), indent=2) + "\n").encode())
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Read a network that `save_pretrained` wrote, on the CPU and in evaluation mode.
+
+        Args:
+            name_or_folder: a folder, or the name of a model on the Hub, "owner/name", which is
+                fetched by `huggingface_hub` (`pip install "mocapsnet[hub]"`).
+            revision, token, cache_dir, local_files_only: for the Hub, see
+                `huggingface_hub.snapshot_download`.
+        Returns: a network of the saved class, which must be this one or derived from it:
+            `CapsNet.from_pretrained` reads all.
+        Raises: ValueError if there is no such model, a file is missing, damaged, or written by a
+            later version, or the network is of another class; ImportError without huggingface_hub.
+        """
+        folder = Path(name_or_folder)
+        if not folder.is_dir():
+            hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+            folder = _fetch(os.fspath(name_or_folder), local_files_only=local_files_only, **hub)
+        model = _read(folder, cls)  # type: ignore[arg-type]
+        return model  # type: ignore[return-value]
+
+    def push_to_hub(
+        self,
+        name: str,
+        card: ModelCard | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a network of mocapsnet",
+    ) -> str:
+        """Publish the network on the Hub as "owner/name"; returns its address.
+
+        Raises: ImportError without huggingface_hub; what that raises.
+        """
+        api = _hub().HfApi(token=token)
+        api.create_repo(name, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card)
+            done = api.upload_folder(
+                repo_id=name, folder_path=folder, commit_message=commit_message
+            )
+        return str(done)
+
+
+def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> CapsNet:
+    """The trained network of a run, or of a folder that `save_pretrained` wrote, for inference.
+
+    Args:
+        folder: a run folder of `mocapsnet train`, or a model's folder. Nothing is ever fetched; for
+            a model on the Hub see `CapsNet.from_pretrained`.
+        device: where the network goes.
+    Raises: ValueError as `CapsNet.from_pretrained`.
+    """
+    from .model import CapsNet
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder: give a run, or what save_pretrained wrote")
+    if (path / "model").is_dir():
+        path = path / "model"
+    elif (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is a run without a trained network yet: it is written to {path / 'model'} "
+            "after the first epoch"
+        )
+    return _read(path, CapsNet).to(device)
+
+
+def _config(model: Pretrained) -> dict[str, Any]:
+    from . import __version__
+    from .model import MODELS
+
+    names = {network: name for name, network in MODELS.items()}
+    return {
+        "format": FORMAT,
+        "library": f"mocapsnet {__version__}",
+        # A class derived from one of ours is saved as that.
+        "model": next(names[base] for base in type(model).__mro__ if base in names),
+        # Which backend is a matter of the machine.
+        "network": dataclasses.asdict(dataclasses.replace(model.config, routing_backend=None)),
+        "class_names": list(model.class_names),
+        "preprocessing": dataclasses.asdict(model.preprocessing),
+    }
+
+
+def _read(folder: Path, wanted: type[CapsNet]) -> CapsNet:
+    from .model import MODELS, CapsNetConfig
+
+    path = folder / CONFIG
+    config = _json(path)
+    try:
+        name, network = config["model"], config["network"]
+        missing = {f.name for f in dataclasses.fields(CapsNetConfig)} - network.keys()
+        if missing:
+            raise KeyError(f"network.{min(missing)}")
+        shape, decoder = tuple(network["image_shape"]), tuple(network["decoder"])
+        options = network | {"image_shape": shape, "decoder": decoder}
+        names = config["class_names"]
+        preprocessing = Preprocessing(**config["preprocessing"])
+        if name not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
+        saved = MODELS[name]
+        if issubclass(wanted, saved):  # also a class that someone derived
+            saved = wanted
+        elif not issubclass(saved, wanted):
+            raise ValueError(
+                f"it holds a {saved.__name__}, not a {wanted.__name__}: use "
+                f"{saved.__name__}.from_pretrained"
+            )
+        with torch.random.fork_rng(devices=[]):  # the weights it draws are replaced
+            model = saved(**options)
+        model.class_names = names
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it has no {error.args[0]}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    model.preprocessing = preprocessing
+    model.load_state_dict(_weights(folder / WEIGHTS, model), assign=True)
+    return model.eval()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: give a folder that save_pretrained wrote, or a run that "
+            "`mocapsnet train` wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        raise ValueError(f"{path} has no format's version: it is not of a network of mocapsnet")
+    if config["format"] > FORMAT:
+        raise ValueError(
+            f"{path} is of format {config['format']}, written by {config.get('library')}; this "
+            f"version reads formats up to {FORMAT}: pip install --upgrade mocapsnet"
+        )
+    return config
+
+
+def _weights(path: Path, model: CapsNet) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    have = {name: list(w.shape) for name, w in weights.items()}
+    need = {name: list(w.shape) for name, w in model.state_dict().items()}
+    if have != need:
+        name = next(n for n in {**need, **have} if have.get(n) != need.get(n))
+        raise ValueError(
+            f"{path} does not belong to its {CONFIG}: {name} is {have.get(name, 'missing')} there, "
+            f"and {need.get(name, 'missing')} in the network described"
+        )
+    return weights
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            'models on the Hub need huggingface_hub: pip install "mocapsnet[hub]"'
+        ) from error
+    return huggingface_hub
+
+
+def _fetch(name: str, **options: Any) -> Path:
+    """The folder on this machine of a model on the Hub."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{name} is not a folder here, nor the name of a model on the Hub, owner/name"
+        )
+    hub = _hub()
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **options))
+    except (OSError, ValueError) as error:  # what the Hub and the network raise is OSError
+        raise ValueError(
+            f"{name} is not a folder here, and could not be fetched from the Hub: {error}"
+        ) from error

@@ -1,0 +1,31 @@
+"""RUN/model: the trained network in the form that `mocapsnet.load` reads."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from mocapsnet import CapsNet, ModelCard
+from mocapsnet.train.options import TrainOptions
+
+FOLDER = "model"
+
+
+def write(
+    run: Path, model: CapsNet, options: TrainOptions, accuracy: float, epochs_done: int
+) -> Path:
+    """Write the network as it is after `epochs_done` epochs; returns RUN/model.
+
+    Its card shows the run's reconstructions, once they are drawn, and the first of its commands.
+    """
+    picture = run / "reconstructions.png"
+    command = json.loads((run / "config.json").read_text())["commands"][0]
+    card = ModelCard(
+        dataset=options.data.dataset,
+        accuracy=accuracy,
+        epochs=epochs_done,
+        command=shlex.join(["mocapsnet", *command[1:]]),
+        picture=picture if picture.exists() else None,
+    )
+    return model.save_pretrained(run / FOLDER, card)
