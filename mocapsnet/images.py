@@ -44,20 +44,48 @@ def read(images: Any, image_shape: tuple[int, int, int], device: torch.device) -
 def _pixels(
     image: Any, image_shape: tuple[int, int, int], device: torch.device, name: str
 ) -> Tensor:
-    if isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-        image = _open(name)
-    pixels = _scaled(_tensor(image, image_shape[0], name).to(device), name)
+    channels, height, width = image_shape
     try:
-        return fit_size(fit_channels(pixels, image_shape[0]), *image_shape[1:])
+        if isinstance(image, str | os.PathLike):
+            name = os.fspath(image)
+            image = _open(name)
+        if hasattr(image, "getbands"):  # a PIL image, recognised without importing PIL
+            image = fit(image, (height, width), channels)
+        pixels = _scaled(_tensor(image, channels).to(device))
+        return fit_size(fit_channels(pixels, channels), height, width)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from error
+
+
+def fit(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Bytes [C, H, W] of a PIL image, as training and prediction see it.
+
+    Upright, 16 bits cut to 8, grey or colour as asked and without transparency, scaled to cover
+    size (height, width), and cut around the centre.
+
+    Raises: ValueError if its pixels are floating point, or integers of more than 16 bits.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # convert() would cut off what is above 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels are outside 0..65535: save it with 8 or 16 bits a pixel")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating point: save it with 8 or 16 bits a pixel")
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != size[::-1]:
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+    array = np.array(image)
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
 def _open(path: str) -> Any:
-    """An image file as a PIL image, turned as its camera says."""
+    """An image file as a PIL image, decoded."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise ImportError(
             'reading image files needs Pillow: pip install "mocapsnet[train]", or pip install '
@@ -66,26 +94,22 @@ def _open(path: str) -> Any:
     try:
         with Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image)
+            return image
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError("does not exist") from None
+    except Exception as error:  # decoders fail on damaged files in any way
+        raise ValueError(f"cannot be read as an image: {error}") from error
 
 
-def _tensor(image: Any, channels: int, name: str) -> Tensor:
+def _tensor(image: Any, channels: int) -> Tensor:
     """[B, C, H, W] in any dtype, of a single image or a batch."""
-    if hasattr(image, "getbands"):  # a PIL image, recognised without importing PIL
-        return _of_pil(image, name)
     if isinstance(image, np.ndarray):
         tensor = torch.from_numpy(np.ascontiguousarray(image))
     elif isinstance(image, Tensor):
         tensor = image.detach()
     else:
         raise ValueError(
-            f"{name} must be a path, a PIL image, a tensor or an array; got {type(image).__name__}"
+            f"not a path, a PIL image, a tensor or an array, but {type(image).__name__}"
         )
     allowed = (channels, 1, 3, 4)
     if tensor.dim() in (2, 3):
@@ -94,31 +118,14 @@ def _tensor(image: Any, channels: int, name: str) -> Tensor:
         tensor = tensor.permute(0, 3, 1, 2)
     if tensor.dim() != 4 or tensor.shape[1] not in allowed or 0 in tensor.shape[2:]:
         raise ValueError(
-            f"{name} must be [H, W], [C, H, W], [H, W, C], [B, C, H, W] or [B, H, W, C], with C "
-            f"{' or '.join(map(str, sorted(set(allowed))))}; got shape {list(image.shape)}: a "
-            "batch of grey images gets its channel by images[:, None]"
+            "the shape must be [H, W], [C, H, W], [H, W, C], [B, C, H, W] or [B, H, W, C], with C "
+            f"{' or '.join(map(str, sorted(set(allowed))))}; got {list(image.shape)}: a batch of "
+            "grey images gets its channel by images[:, None]"
         )
     return tensor
 
 
-def _of_pil(image: Any, name: str) -> Tensor:
-    if image.mode.startswith("I"):  # 16 bits a pixel, whatever the type that holds them
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{name} has pixels outside 0..65535: give an image of 8 or 16 bits")
-        return torch.from_numpy(values / 65535)[None, None]
-    if image.mode == "F":
-        return torch.from_numpy(np.array(image))[None, None]
-    transparent = "A" in image.getbands() or "transparency" in image.info
-    grey = image.mode in ("1", "L") and not transparent
-    image = image.convert("RGBA" if transparent else "L" if grey else "RGB")
-    values = np.array(image)
-    return torch.from_numpy(values if values.ndim == 3 else values[..., None]).permute(2, 0, 1)[
-        None
-    ]
-
-
-def _scaled(images: Tensor, name: str) -> Tensor:
+def _scaled(images: Tensor) -> Tensor:
     """float32 in [0, 1]."""
     if images.dtype == torch.uint8:
         return to_pixels(images)
@@ -126,14 +133,14 @@ def _scaled(images: Tensor, name: str) -> Tensor:
         return images.float()
     if not images.is_floating_point():
         raise ValueError(
-            f"{name} must be uint8, bool or floating point; got {images.dtype}: values of 0 to 255 "
+            f"pixels must be uint8, bool or floating point; got {images.dtype}: values of 0 to 255 "
             "become uint8 by images.to(torch.uint8)"
         )
     images = images.float()
     if images.numel() and not ((images >= 0) & (images <= 1)).all():
         low, high = images.min().item(), images.max().item()
         raise ValueError(
-            f"{name} of floating point must lie in [0, 1]; got values from {low:g} to {high:g}: "
-            "divide them by the greatest possible one, and leave normalising to the model"
+            f"floating-point pixels must lie in [0, 1]; got {low:g} to {high:g}: divide them by "
+            "the greatest possible one, and leave normalising to the model"
         )
     return images

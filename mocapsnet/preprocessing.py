@@ -82,15 +82,16 @@ def fit_channels(pixels: Tensor, channels: int) -> Tensor:
     """Pixels [B, C, H, W] in [0, 1] with another number of channels.
 
     Colour becomes grey by its luma (0.299 red, 0.587 green, 0.114 blue), grey becomes three equal
-    channels, and what is transparent shows black. Raises: ValueError for any other pair of numbers.
+    channels, and transparency is left out. Raises: ValueError for any other pair of numbers.
     """
     given = pixels.shape[1]
     if given == channels:
         return pixels
     if given == 4:
-        return fit_channels(pixels[:, :3] * pixels[:, 3:], channels)
+        return fit_channels(pixels[:, :3], channels)
     if (given, channels) == (3, 1):
-        return (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True)
+        luma = pixels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        return (pixels * luma).sum(1, True).clamp(max=1)  # white is 1.0000001 without
     if (given, channels) == (1, 3):
         return pixels.expand(-1, 3, -1, -1)
     raise ValueError(f"images of {given} channels cannot be made into {channels} channels")
@@ -104,6 +105,6 @@ def fit_size(pixels: Tensor, height: int, width: int) -> Tensor:
     scale = max(height / H, width / W)
     size = [max(height, round(H * scale)), max(width, round(W * scale))]
     if size != [H, W]:
-        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return pixels[..., top : top + height, left : left + width]

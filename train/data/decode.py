@@ -1,4 +1,4 @@
-"""Image files to bytes of one shape, in parallel."""
+"""Image files to bytes of one shape, in parallel, as prediction reads them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from mocapsnet.images import fit
 
 # Images of different sizes become squares of this many pixels, unless a size is asked for.
 DEFAULT_SIZE = 32
@@ -53,7 +55,8 @@ def decode(
     channels = 1 if all(grey for _, grey in good) else 3
 
     def pixels(path: str) -> np.ndarray:
-        return _pixels(path, (width, height), channels)
+        with Image.open(path) as image:
+            return fit(image, (height, width), channels)
 
     images = np.empty((len(paths), channels, height, width), np.uint8)
     kept: list[int] = []
@@ -101,17 +104,3 @@ def _head(path: str) -> tuple[tuple[int, int], bool]:
         if image.format == "JPEG" and image.getexif().get(0x0112, 1) >= 5:
             width, height = height, width
         return (width, height), image.mode in GREY
-
-
-def _pixels(path: str, size: tuple[int, int], channels: int) -> np.ndarray:
-    """The bytes [C, H, W] of an image, upright, resized to cover `size` and cut to it."""
-    with Image.open(path) as file:
-        ImageOps.exif_transpose(file, in_place=True)
-        image: Image.Image = file
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != size:
-        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    array = np.asarray(image)
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
