@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from . import __version__
 
 if TYPE_CHECKING:
-    from mocapsnet.train.options import RunOptions, TrainOptions
+    from mocapsnet.train.options import PredictOptions, RunOptions, TrainOptions
 
 # Import names of what `pip install "mocapsnet[train]"` adds.
 EXTRA = [
@@ -66,20 +66,24 @@ def _run(arguments: list[str]) -> None:
 
         return benchmark(arguments[1:])
 
-    from mocapsnet.train.options import TrainOptions, VisualizeOptions
+    from mocapsnet.train.options import PredictOptions, TrainOptions, VisualizeOptions
 
     command = parse(arguments)
     if isinstance(command, TrainOptions):
         from mocapsnet.train.loop import train
 
         train(command)
+    elif isinstance(command, PredictOptions):
+        from mocapsnet.train.predict import predict
+
+        predict(command)
     else:
         from mocapsnet.train.reports import report
 
         report(command, pictures=isinstance(command, VisualizeOptions))
 
 
-def parse(arguments: list[str]) -> TrainOptions | RunOptions:
+def parse(arguments: list[str]) -> TrainOptions | PredictOptions | RunOptions:
     """Read a command line. On --help or an unknown option tyro prints and leaves with 0 or 2.
 
     With --resume the options of that run are the defaults, and most of them are fixed.
@@ -127,12 +131,13 @@ def _check_resumable(saved: TrainOptions, command: TrainOptions) -> None:
             )
 
 
-def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | RunOptions:
+def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | PredictOptions | RunOptions:
     import tyro
 
     from mocapsnet.train.options import (
         BenchmarkOptions,
         EvaluateOptions,
+        PredictOptions,
         TrainOptions,
         VisualizeOptions,
     )
@@ -142,6 +147,7 @@ def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | RunOptions
         Annotated[TrainOptions, subcommand("train", default=train)]
         | Annotated[EvaluateOptions, subcommand("evaluate")]
         | Annotated[VisualizeOptions, subcommand("visualize")]
+        | Annotated[PredictOptions, subcommand("predict")]
         | Annotated[BenchmarkOptions, subcommand("benchmark")]
     )
     command = tyro.cli(

@@ -207,6 +207,23 @@ class VisualizeOptions(RunOptions):
 
 
 @dataclass(frozen=True)
+class PredictOptions:
+    """Say which class is in each image, by a table or as JSON."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run folder that `mocapsnet train` wrote, or a folder that save_pretrained wrote."""
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")]
+    """Image files, and folders of them. Other sizes are scaled to cover the network's and cut
+    around the centre; colour becomes grey, or grey colour, as it was trained."""
+    pictures: Annotated[str | None, arg(metavar="DIR")] = None
+    """Folder to write a picture for each image to, beside its reconstruction."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is one, else the CPU."""
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """Measure speed, memory and precision; `mocapsnet benchmark --help` lists the benchmarks."""
 
