@@ -9,16 +9,46 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .replay import autocast, autocast_state, hooks_off, random_numbers, random_state
-from .residual_checks import changed, known, patched, refuse_changes, versions
-from .skip_connections import refuse_own_skip
+from .kernels.momentum.schedule import Schedule
+from .probe import probe
+from .replay import (
+    autocast,
+    autocast_state,
+    held,
+    hooks_off,
+    meaning,
+    put_back,
+    random_numbers,
+    random_state,
+)
+from .residual_checks import branch, known, patched, refuse_changes, versions
 
 if TYPE_CHECKING:
     from .reversible import MomentumStack
 
 
+def step(plan: Schedule, n: int, x: Tensor, v: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """Layer n of Algorithm 1, with output f."""
+    f = (1 - plan.gamma) * f
+    v = f if plan.restarts(n) else plan.gamma * v + f
+    return x + v, v
+
+
+def traced() -> bool:
+    """Whether something that does not see backward will differentiate or record what is computed:
+    a transform of torch.func, forward-mode differentiation, torch.jit.trace, torch.export."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.compiler.is_exporting()
+    )
+
+
 def reversible(stack: MomentumStack, x: Tensor, v: Tensor, args: Any, kwargs: Any) -> Tensor:
     """Calls `_Reversible` with the tensors of args and kwargs apart, for autograd to see them."""
+    if traced():
+        return stack.stored(x, v, args, kwargs)
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in places]
@@ -53,39 +83,44 @@ class _Reversible(torch.autograd.Function):
     ) -> Tensor:
         tensors = rest[:count]
         args, kwargs = arguments(tensors)
-        detached = arguments(map(_leaf, tensors))
-        every = stack.spacing(x.dtype)
+        layers, plan = list(stack.layers), stack.plan(x.dtype)
         precision = autocast_state(x.device)
-        anchors, random, trusted = [], {}, not patched()
+        meanings = [meaning(layer) for layer in layers]
+        trusted, anchored = not patched(), set(plan.anchors)
+        anchors, random, refused = [], {}, None
         with autocast(precision):
-            for n, layer in enumerate(stack.layers):
+            for n, layer in enumerate(layers):
                 u = x
                 if trusted and known(layer):
-                    x, v = stack.step(n, x, v, args, kwargs)
+                    x, v = step(plan, n, x, v, branch(n, layer, x, args, kwargs))
                 else:
                     before = random_state(x.device)
                     buffers, given = versions(layer.buffers()), versions([x, *tensors])
-                    x, v = stack.step(n, x, v, args, kwargs)
+                    f = branch(n, layer, x, args, kwargs)
+                    x, v = step(plan, n, x, v, f)
                     refuse_changes(n, layer, buffers, given)
                     after = random_state(x.device)
                     if not all(map(torch.equal, before, after)):
                         random[n] = before
-                    if layer not in stack.branches:
-                        with random_numbers(x.device, before):
-                            refuse_own_skip(n, layer, u, *detached)
-                        stack.branches.add(layer)
-                if stack.anchored(n, every):
+                    if stack.probed.get(layer) != meanings[n]:
+                        seen = list(map(_leaf, tensors))
+                        found = probe(n, layer, u, f, arguments(seen), seen, before)
+                        refused = refused or found
+                        if found is None:
+                            stack.probed[layer] = meanings[n]
+                if n in anchored:
                     anchors += [x, v]
         ctx.save_for_backward(*tensors, *anchors)
-        ctx.stack, ctx.arguments, ctx.count, ctx.every = stack, arguments, count, every
-        ctx.precision, ctx.random = precision, random
+        ctx.layers, ctx.plan, ctx.arguments, ctx.count = layers, plan, arguments, count
+        ctx.precision, ctx.random, ctx.refused = precision, random, refused
         ctx.wanted = rest[count:]
-        ctx.parameters = versions(stack.layers.parameters())
+        ctx.held, ctx.meanings = held(layers), meanings
         return x
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
+        refuse_backward(ctx)
+        with torch.no_grad(), put_back(ctx.held):
             gradients = _backward(ctx, grad_x)
         if torch.is_grad_enabled():
             gradients = _Once.apply(torch.zeros((), requires_grad=True), *gradients)
@@ -94,19 +129,15 @@ class _Reversible(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, v, the tensors in args and kwargs, and the parameters."""
-    stack, gamma = ctx.stack, ctx.stack.gamma
-    if changed(ctx.parameters, versions(stack.layers.parameters())):
-        raise RuntimeError(
-            "parameters of a reversible stack were changed between forward and backward, perhaps "
-            'by an optimizer step; go backward first, or use memory="stored"'
-        )
+    layers, plan, gamma = ctx.layers, ctx.plan, ctx.plan.gamma
+    anchored = set(plan.anchors)
     saved = ctx.saved_tensors  # checkpointing allows reading it once
     tensors, anchors = [_leaf(t) for t in saved[: ctx.count]], list(saved[ctx.count :])
     args, kwargs = ctx.arguments(tensors)
     sums: dict[Tensor, Tensor] = {}
     grad_v = torch.zeros_like(grad_x)
-    for n in reversed(range(len(stack.layers))):
-        if stack.anchored(n, ctx.every):
+    for n, layer in reversed(list(enumerate(layers))):
+        if n in anchored:
             v, x = anchors.pop(), anchors.pop()
         x = (x - v).requires_grad_()
         with (
@@ -114,10 +145,10 @@ def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
             random_numbers(x.device, ctx.random.get(n)),
             torch.enable_grad(),
         ):
-            f = stack.branch(n, x, args, kwargs)
+            f = branch(n, layer, x, args, kwargs)
         grad_v = grad_v + grad_x
         if f.requires_grad:
-            inputs = [t for t in (*stack.layers[n].parameters(), *tensors) if t.requires_grad]
+            inputs = [t for t in (*layer.parameters(), *tensors) if t.requires_grad]
             with hooks_off(inputs):
                 grad, *grads = torch.autograd.grad(
                     f, [x, *inputs], (1 - gamma) * grad_v, allow_unused=True
@@ -127,10 +158,28 @@ def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
                     sums[tensor] = sums[tensor] + share if tensor in sums else share
             grad_x = grad_x if grad is None else grad_x + grad
         x = x.detach()
-        if not stack.resets(n):
+        if not plan.restarts(n):
             v = (v - (1 - gamma) * f.detach()) / gamma
-        grad_v = torch.zeros_like(grad_v) if stack.resets(n) else gamma * grad_v
+        grad_v = torch.zeros_like(grad_v) if plan.restarts(n) else gamma * grad_v
     return grad_x, grad_v, *(sums.get(t) for t in (*tensors, *ctx.wanted))
+
+
+def refuse_backward(ctx: Any) -> None:
+    """Raises if calling the layers again would not give what forward had, or gradients get lost."""
+    if ctx.refused is not None:
+        raise ValueError(ctx.refused)
+    if any(not h.tensor.is_inference() and h.tensor._version != h.version for h in ctx.held):
+        raise RuntimeError(
+            "parameters or buffers of a reversible stack were changed between forward and "
+            'backward, perhaps by an optimizer step; go backward first, or use memory="stored"'
+        )
+    for n, layer in enumerate(ctx.layers):
+        if meaning(layer) != ctx.meanings[n]:
+            raise RuntimeError(
+                f"layer {n} ({type(layer).__name__}) of a reversible stack was changed between "
+                "forward and backward: training or evaluation mode, a hook, its forward or one of "
+                'its modules; go backward first, or use memory="stored"'
+            )
 
 
 class _Once(torch.autograd.Function):

@@ -1,13 +1,75 @@
-"""Calling a layer once more as before: the same random numbers and autocast, no tensor hooks."""
+"""Calling a layer once more as before: the same tensors, random numbers, autocast and hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module
+
+
+class Held(NamedTuple):
+    """A parameter or buffer in its place, and its count of in-place changes."""
+
+    place: dict[str, Any]
+    name: str
+    tensor: Tensor
+    version: int
+
+
+def held(layers: Iterable[nn.Module]) -> list[Held]:
+    """Parameters and buffers of layers; inference tensors count no changes."""
+    return [
+        Held(place, name, t, 0 if t.is_inference() else t._version)
+        for layer in layers
+        for m in layer.modules()
+        for place in (m._parameters, m._buffers)
+        for name, t in place.items()
+        if t is not None
+    ]
+
+
+@contextmanager
+def put_back(tensors: Iterable[Held]) -> Iterator[None]:
+    """Parameters and buffers as they were held, though others stand in their places by now, as
+    after `torch.func.functional_call`."""
+    replaced = [(h, h.place[h.name]) for h in tensors if h.place[h.name] is not h.tensor]
+    for h, _ in replaced:
+        h.place[h.name] = h.tensor
+    try:
+        yield
+    finally:
+        for h, now in replaced:
+            h.place[h.name] = now
+
+
+def meaning(layer: nn.Module) -> tuple[Any, ...]:
+    """What a call of the layer does besides its tensors: its modules with their forward, hooks,
+    mode and names of tensors, and the hooks of all modules."""
+    return (
+        tuple(module._global_forward_hooks),
+        tuple(module._global_forward_pre_hooks),
+        tuple(module._global_backward_hooks),
+        tuple(module._global_backward_pre_hooks),
+        *(
+            (
+                m,
+                tuple(m._parameters),
+                tuple(m._buffers),
+                type(m).forward,
+                vars(m).get("forward"),
+                m.training,
+                tuple(m._forward_hooks),
+                tuple(m._forward_pre_hooks),
+                tuple(m._backward_hooks),
+                tuple(m._backward_pre_hooks),
+            )
+            for m in layer.modules()
+        ),
+    )
 
 
 def autocast_state(device: torch.device) -> list[dict[str, Any]]:

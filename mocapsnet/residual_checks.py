@@ -1,10 +1,11 @@
-"""What a residual layer may return and change."""
+"""Calls of a residual layer: what it may return and change, and which need no look at them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module
 
@@ -31,6 +32,24 @@ def checked_output(f: Any, x: Tensor, n: int, layer: nn.Module) -> Tensor:
             "residual layer must keep the shape: place one that changes it outside of the stack"
         )
     return f
+
+
+def branch(n: int, layer: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """Output of layer n in x's dtype; a layer in half precision is given x in its own."""
+    half = None if isinstance(layer, CapsuleLayer) else half_precision(layer)
+    f = layer(x if half is None else x.to(half), *args, **kwargs)
+    return checked_output(f, x, n, layer).to(x.dtype)
+
+
+def half_precision(layer: nn.Module) -> torch.dtype | None:
+    """The dtype of all floating-point parameters of a layer, if it is one below float32."""
+    found = None
+    for p in layer.parameters():
+        if p.is_floating_point():
+            if p.dtype.itemsize >= 4 or found not in (None, p.dtype):
+                return None
+            found = p.dtype
+    return found
 
 
 def known(layer: nn.Module) -> bool:

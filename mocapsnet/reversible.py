@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import momentum_routing
+from .kernels.momentum.schedule import Schedule, schedule
 from .layers import CapsuleLayer
-from .recompute import reversible
-from .residual_checks import checked_output, known, patched
+from .recompute import reversible, step
+from .residual_checks import branch, checked_output, known, patched
 
 
 class ResidualStack(nn.Module):
@@ -43,10 +44,12 @@ class MomentumStack(nn.Module):
     anchors, a stored (x, v) every so many layers, bound the error at any depth, see `spacing`.
 
     Layers may be any modules that return the branch alone, without x added. The second call
-    repeats random numbers (dropout) and autocast of the first; it must find the same parameters,
-    buffers and training mode. A tensor that a layer reads and that needs a gradient must be its
-    parameter or an argument of forward. The first forward that records gradients calls each
-    layer once more, to look for a skip connection of its own.
+    repeats autocast and the random numbers of PyTorch's default generators (dropout); parameters
+    and buffers may have been replaced since the first, as `torch.func.functional_call` does, but
+    not changed, and neither may training mode and hooks. A tensor that a layer reads and that needs
+    a gradient must be its parameter or an argument of forward. The first forward that records
+    gradients calls each layer once more: what does not repeat itself, or has a skip connection of
+    its own, is refused.
 
     Args:
         layers: modules that map a tensor to one of the same shape.
@@ -59,8 +62,10 @@ class MomentumStack(nn.Module):
         block_layers: layers per block, for velocity "block".
     Shapes: x [...] -> x [...]; float32 or wider.
     Raises: ValueError if an option is out of range or a layer changes the shape. Reversible, with
-        gradients: ValueError if a layer changes its buffers or arguments, or adds x itself;
-        RuntimeError on double backward, or if parameters changed between forward and backward.
+        gradients: ValueError if a layer changes its buffers or arguments, adds x itself, or returns
+        another output when called again, and in backward if its gradient would be lost;
+        RuntimeError on double backward, or if parameters, buffers, modes or hooks changed between
+        forward and backward.
     Source: Algorithms 1 and 2 of the Momentum Capsule Networks paper; Sander et al. 2021.
     """
 
@@ -94,7 +99,7 @@ class MomentumStack(nn.Module):
         self.anchor_every = anchor_every
         self.velocity = velocity
         self.block_layers = block_layers
-        self.branches: set[nn.Module] = set()  # layers found to have no skip connection
+        self.probed: dict[nn.Module, Any] = {}  # layers that bear a second call, as they were then
 
     def forward(self, x: Tensor, v: Tensor | None = None, /, *args: Any, **kwargs: Any) -> Tensor:
         """Maps x to x; `v` is the initial velocity, zero if None.
@@ -116,11 +121,16 @@ class MomentumStack(nn.Module):
                 return self.fused(alike, x, v)
         if self.memory == "reversible" and torch.is_grad_enabled() and len(self.layers) > 0:
             run = reversible
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
                 run = torch.compiler.disable(run)
             return run(self, x, v, args, kwargs)
-        for n in range(len(self.layers)):
-            x, v = self.step(n, x, v, args, kwargs)
+        return self.stored(x, v, args, kwargs)
+
+    def stored(self, x: Tensor, v: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The plain loop; autograd keeps what it wants to."""
+        plan = self.plan(x.dtype)
+        for n, layer in enumerate(self.layers):
+            x, v = step(plan, n, x, v, branch(n, layer, x, args, kwargs))
         return x
 
     def capsule_layers(self, x: Tensor) -> list[CapsuleLayer]:
@@ -157,20 +167,10 @@ class MomentumStack(nn.Module):
             backend=first.backend,
         )
 
-    def step(self, n: int, x: Tensor, v: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Layer n of Algorithm 1."""
-        f = self.branch(n, x, args, kwargs)
-        v = (1 - self.gamma) * f if self.resets(n) else self.gamma * v + (1 - self.gamma) * f
-        return x + v, v
-
-    def branch(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """Output of layer n, in x's dtype."""
-        layer = self.layers[n]
-        return checked_output(layer(x, *args, **kwargs), x, n, layer).to(x.dtype)
-
-    def resets(self, n: int) -> bool:
-        """Whether v is set to zero before layer n; the first block keeps the initial velocity."""
-        return self.velocity == "block" and n > 0 and n % self.block_layers == 0
+    def plan(self, dtype: torch.dtype) -> Schedule:
+        """gamma, anchors and restarts of the velocity, for an x of this dtype."""
+        block = self.block_layers if self.velocity == "block" else 0
+        return schedule(len(self.layers), self.gamma, self.spacing(dtype), block)
 
     def spacing(self, dtype: torch.dtype) -> int:
         """Layers between anchors for an x of this dtype: `anchor_every`, or what bounds the error.
@@ -193,10 +193,6 @@ class MomentumStack(nn.Module):
         target = 2**-17 if eps > 2**-40 else 2**-40
         growth = (2 - self.gamma) / self.gamma
         return max(1, int(math.log2(target / eps) / math.log2(growth)))
-
-    def anchored(self, n: int, every: int) -> bool:
-        """Whether forward stores (x, v) after layer n, with anchors every so many layers."""
-        return n + 1 == len(self.layers) or (n + 1) % every == 0 or self.resets(n + 1)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, memory={self.memory!r}, velocity={self.velocity!r}"

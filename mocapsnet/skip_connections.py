@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch import nn
+from torch.autograd.graph import Node
 
 # Nodes that hand their first operand on, up to an element-wise map, a scale or another layout.
 WRAPPERS = set(
@@ -17,16 +18,9 @@ WRAPPERS = set(
 )
 
 
-def refuse_own_skip(n: int, layer: nn.Module, x: Tensor, args: Any, kwargs: Any) -> None:
-    """Calls layer n with gradients; raises ValueError if it returns x + g(x) instead of g(x).
-
-    Random state and autocast are the caller's affair; args and kwargs must be detached.
-    """
-    with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
-        root = x.detach().requires_grad_().clone()
-        end = root.grad_fn
-        f = layer(root, *args, **kwargs)
-    if end is not None and f.grad_fn is not None and has_skip(f.grad_fn, end):
+def refuse_own_skip(n: int, layer: nn.Module, start: Node, end: Node) -> None:
+    """Raises ValueError if layer n, that mapped x of node `end` to `start`, returned x + g(x)."""
+    if has_skip(start, end):
         raise ValueError(
             f"layer {n} ({type(layer).__name__}) contains a skip connection: it returns x + g(x), "
             "and the stack would add x once more. Return the branch g(x) alone, the stack adds x "
@@ -79,18 +73,26 @@ def in_place_kind(node: Any) -> str:
     return "Relu" if not values and len(first.unique()) <= 2 else "unknown"
 
 
+def nodes(start: Iterable[Node]) -> Iterator[Node]:
+    """The nodes of the graph from `start` down."""
+    todo = list(start)
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for operand, _ in node.next_functions:
+            if operand is not None and operand not in seen:
+                seen.add(operand)
+                todo.append(operand)
+
+
 def dependants(start: Node, end: Node) -> set[Node]:
     """The nodes of the graph below `start` whose value depends on that of `end`, itself too."""
     users: dict[Node, list[Node]] = {}
-    todo, seen = [start], {start}
-    while todo:
-        node = todo.pop()
+    for node in nodes([start]):
         for operand, _ in node.next_functions:
             if operand is not None:
                 users.setdefault(operand, []).append(node)
-                if operand not in seen:
-                    seen.add(operand)
-                    todo.append(operand)
     found, todo = {end}, [end]
     while todo:
         for user in users.get(todo.pop(), []):

@@ -137,7 +137,9 @@ def test_skip_connections_are_looked_for_once_per_layer():
         stack(x)
     assert calls == [False, True, False, False, False]
     copied = copy.deepcopy(stack)
-    assert copied.branches == {copied.layers[0]}
+    assert list(copied.probed) == [copied.layers[0]]
+    copied(x)
+    assert len(calls) == 7
 
 
 class Counter(nn.Module):

@@ -1,0 +1,144 @@
+"""What a second call of a layer tells: whether it repeats itself, what its gradients reach."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from .replay import random_numbers
+from .residual_checks import branch
+from .skip_connections import nodes, refuse_own_skip
+
+
+def probe(
+    n: int,
+    layer: nn.Module,
+    x: Tensor,
+    f: Tensor,
+    arguments: Any,
+    tensors: Iterable[Tensor],
+    states: list[Tensor],
+) -> str | None:
+    """Calls layer n again, with gradients, after it mapped x to f from these random states.
+
+    Args:
+        arguments: (args, kwargs) of the call, detached; `tensors` are those in them.
+    Returns: None, or why there is no backward: the layer's gradients would reach a tensor that the
+        stack does not know.
+    Raises: ValueError if the layer does not repeat itself, or returns x + g(x) instead of g(x).
+    """
+
+    def again(x: Tensor) -> Tensor:
+        with random_numbers(x.device, states), saved_tensors_hooks(lambda t: t, lambda t: t):
+            return branch(n, layer, x, *arguments)
+
+    name = f"layer {n} ({type(layer).__name__})"
+    numbers, sources = plain_numbers(layer), generators(layer)
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        root = leaf.clone()
+        second = again(root)
+    for key, number in plain_numbers(layer).items():
+        if numbers.get(key) != number:
+            raise ValueError(
+                f"{name} changes its attribute {key[1]!r} whenever it is called, and a reversible "
+                'stack calls it again in backward; use memory="stored", or count outside of it'
+            )
+    if generators(layer) != sources:
+        sources = generators(layer)
+        again(x)
+        if generators(layer) != sources:  # twice: another thread does not draw every time
+            raise ValueError(
+                f"{name} draws random numbers from Python's random, numpy.random or a generator of "
+                "its own, which a reversible stack cannot repeat in backward; draw from PyTorch's "
+                'default generator, as torch.rand(...) does, or use memory="stored"'
+            )
+    if second.grad_fn is not None and root.grad_fn is not None:
+        refuse_own_skip(n, layer, second.grad_fn, root.grad_fn)
+    if not repeats(f, second, lambda: again(x)):
+        raise ValueError(
+            f"{name} returns another output when it is called again with the same input, as with "
+            "random numbers of its own, a state that it changes or code that asks whether "
+            "gradients are recorded; a reversible stack calls it again in backward: use "
+            'memory="stored"'
+        )
+    return lost_gradients(name, layer, second, [leaf, *tensors])
+
+
+def plain_numbers(layer: nn.Module) -> dict[tuple[int, str], float]:
+    """The numbers among the attributes of the layer's modules."""
+    return {
+        (i, key): value
+        for i, module in enumerate(layer.modules())
+        for key, value in vars(module).items()
+        if isinstance(value, int | float)
+    }
+
+
+def generators(layer: nn.Module) -> bytes:
+    """State of the random number generators that are not PyTorch's default ones."""
+    states: list[Any] = [random.getstate(), np.random.get_state()]
+    for module in layer.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Generator):
+                states.append(value.get_state().numpy())
+            elif isinstance(value, random.Random):
+                states.append(value.getstate())
+            elif isinstance(value, np.random.Generator):
+                states.append(value.bit_generator.state)
+            elif isinstance(value, np.random.RandomState):
+                states.append(value.get_state())
+    return pickle.dumps(states)
+
+
+def repeats(first: Tensor, second: Tensor, third: Callable[[], Tensor]) -> bool:
+    """Whether a layer gave the same output without gradients, with them, and again without.
+
+    The same bits are wanted. But PyTorch may choose another kernel where gradients are recorded,
+    and some GPU kernels add up in any order: without the same bits, an output is taken for the
+    same within 64 roundings, what `MomentumStack.spacing` allows anyway, or within 1 % if the third
+    has the bits of the first.
+    """
+    if type(first) is not Tensor or first.is_meta or first.numel() == 0:
+        return True
+    first, second = first.detach().nan_to_num(), second.detach().nan_to_num()
+    if torch.equal(first, second):
+        return True
+    off, size = (first - second).norm(), first.norm()
+    if off <= 64 * torch.finfo(first.dtype).eps * size:
+        return True
+    return bool(off <= 0.01 * size) and torch.equal(first, third().detach().nan_to_num())
+
+
+def lost_gradients(
+    name: str, layer: nn.Module, output: Tensor, given: Iterable[Tensor]
+) -> str | None:
+    """What to say if the output's gradient reaches a tensor that is no parameter and not given."""
+    own = {id(p) for p in layer.parameters() if p.requires_grad}
+    start = [] if output.grad_fn is None else [output.grad_fn]
+    reached = {
+        id(t): t for node in nodes(start) if (t := getattr(node, "variable", None)) is not None
+    }
+    strange = [t for t in reached.values() if id(t) not in own | {id(t) for t in given}]
+    if not strange:
+        return None
+    if own and not own & set(reached):
+        return (
+            f"{name} computes with other parameters than it has between calls, as fully_shard of a "
+            "single layer and offloading by Accelerate have it, so that their gradients would be "
+            'lost; shard the stack or the model as a whole, or use memory="stored" (fully_shard), '
+            "or call without gradients, under torch.no_grad() (offloading)"
+        )
+    return (
+        f"{name} computes with a tensor {list(strange[0].shape)} that needs a gradient and is "
+        "neither its parameter nor an argument of the stack, so that its gradient would be lost; "
+        "make it a parameter of the layer, pass it as stack(x, None, tensor), or use "
+        'memory="stored"'
+    )
