@@ -98,7 +98,7 @@ def parse(arguments: list[str]) -> TrainOptions | PredictOptions | RunOptions:
     if command.resume is None:
         return resolve(command)
 
-    from mocapsnet.train.checkpoints import read_config
+    from mocapsnet.train.run_folder import read_config
 
     saved = read_config(Path(command.resume))
     # A flag that is on by default could not be given again.

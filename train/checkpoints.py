@@ -1,7 +1,12 @@
-"""Run folders on disk: config.json and atomic checkpoints.
+"""Checkpoints: what a run needs to go on, in files that cannot run anything.
 
-    RUN/config.json                  resolved options, versions, command lines
-    RUN/checkpoints/epoch-0003/      state after epoch 3, written by Accelerate
+    RUN/checkpoints/epoch-0003/      the state after epoch 3
+        model.safetensors            weights
+        optimizer.safetensors        the optimiser's tensors
+        state.json                   its numbers, the learning rate's schedule, the format's version
+
+There is no state of random generators: what a run draws after its initial weights is drawn anew in
+each epoch, from the seed and the epoch's number.
 
 A checkpoint is written beside its final name and renamed when complete, so a folder named
 epoch-NNNN is always whole. Only the last one is kept: choosing the best by test accuracy would be
@@ -10,59 +15,41 @@ selecting on the test set.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
+import re
 import shutil
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mocapsnet.train.errors import InputError
-from mocapsnet.train.options import TrainOptions, from_json
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from mocapsnet.train.files import sync_folder, write_whole
+from mocapsnet.train.run_folder import FORMAT, check_format
 
 WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 
 
-def write_config(run: Path, options: TrainOptions) -> None:
-    """Write or update RUN/config.json; each start of the run adds its command line."""
-    path = run / "config.json"
-    commands = json.loads(path.read_text())["commands"] if path.exists() else []
-    packages = ("mocapsnet", "torch", "torchvision", "numpy", "accelerate", "pytorch-optimizer")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        versions[package] = importlib.metadata.version(package)
-    config = {
-        "options": dataclasses.asdict(dataclasses.replace(options, resume=None)),
-        "versions": versions,
-        "commands": [*commands, [Path(sys.argv[0]).name, *sys.argv[1:]]],
-    }
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(path)
+@dataclass(frozen=True)
+class State:
+    """What an epoch changes.
 
-
-def read_config(run: Path) -> TrainOptions:
-    """The options a run was started with.
-
-    Raises: InputError if `run` is not a run folder or its config.json is damaged.
+    Attributes:
+        model: the bare model, so that the number of processes may change between checkpoints.
+        schedule: of the learning rate, if the optimiser does not keep its own.
     """
-    path = run / "config.json"
-    if not path.is_file():
-        what = "has no config.json, so it is not a run folder" if run.is_dir() else "does not exist"
-        raise InputError(f"{run} {what}; give a folder that `mocapsnet train` wrote")
-    try:
-        return from_json(json.loads(path.read_text())["options"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged or of another version: {error!r}") from error
+
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler | None
 
 
 def latest(run: Path) -> tuple[Path, int]:
@@ -70,79 +57,122 @@ def latest(run: Path) -> tuple[Path, int]:
 
     Raises: InputError if there is none.
     """
-    found = [p for p in (run / "checkpoints").glob("epoch-*") if p.suffix != ".tmp"]
+    found = _whole(run)
     if not found:
         raise InputError(f"{run} holds no checkpoint; start the training anew in another folder")
-    last = max(found)
-    return last, int(last.name.removeprefix("epoch-"))
+    last = max(found, key=found.__getitem__)
+    return last, found[last]
 
 
-def keep_unwrapped(accelerator: Accelerator) -> None:
-    """Save and load the bare model's weights, so that the number of processes may change.
+def _whole(run: Path) -> dict[Path, int]:
+    """The whole checkpoints of a run with their epochs; whatever else lies there is not ours."""
+    named = [
+        (path, re.fullmatch(r"epoch-(\d{4,9})", path.name))
+        for path in (run / "checkpoints").glob("epoch-*")
+    ]
+    return {path: int(name[1]) for path, name in named if name and path.is_dir()}
 
-    Accelerate would save those of the data-parallel wrapper, whose names begin with "module.".
+
+def folder(run: Path, epochs_done: int) -> Path:
+    """Where the checkpoint after so many epochs lies."""
+    return run / "checkpoints" / f"epoch-{epochs_done:04d}"
+
+
+def save(state: State, run: Path, epochs_done: int) -> None:
+    """Write the state after `epochs_done` epochs, then drop the one before it.
+
+    For one process, as all hold the same state. Raises: OSError, with the last checkpoint in place.
     """
-
-    def save(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
-        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        models[:] = [accelerator.unwrap_model(model) for model in models]
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def save(accelerator: Accelerator, run: Path, epochs_done: int) -> Path:
-    """Write the state after `epochs_done` epochs, then drop the one before it. Collective."""
-    final = run / "checkpoints" / f"epoch-{epochs_done:04d}"
+    final = folder(run, epochs_done)
     partial = final.with_suffix(".tmp")
-    if accelerator.is_main_process:
-        for stale in final.parent.glob("*.tmp"):
-            shutil.rmtree(stale)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for file in partial.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        partial.replace(final)
-        for older in final.parent.glob("epoch-*"):
-            if older != final:
-                shutil.rmtree(older)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def restore(accelerator: Accelerator, checkpoint: Path, model: nn.Module) -> None:
-    """Load everything a run needs to go on: weights, optimiser, schedule, random states.
-
-    Raises: InputError if the checkpoint is damaged or belongs to another model.
-    """
-    check_weights(checkpoint, model)
+    for stale in final.parent.glob("epoch-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        accelerator.load_state(str(checkpoint))
-    except Exception as error:  # noqa: BLE001 - unpickling a damaged file can raise anything
-        raise InputError(f"{checkpoint} is damaged: {error!r}") from error
+        optimizer = state.optimizer.state_dict()
+        tensors, numbers = _split(optimizer.pop("state"))
+        rest = {
+            "format": FORMAT,
+            "epochs_done": epochs_done,
+            "optimizer": optimizer | {"state": numbers},
+            "schedule": state.schedule and state.schedule.state_dict(),
+        }
+        write_whole(partial / WEIGHTS, to_bytes(_plain(state.model.state_dict())))
+        write_whole(partial / OPTIMIZER, to_bytes(_plain(tensors)))
+        write_whole(partial / STATE, json.dumps(rest, indent=2) + "\n")
+        before = _whole(run)
+        partial.replace(final)
+        sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
+        raise
+    for older in before:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _split(
+    state: dict[int, dict[str, Any]],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """An optimiser's state by parameter as tensors, "3.exp_avg", and what is not a tensor."""
+    tensors, numbers = {}, {}
+    for index, values in state.items():
+        numbers[str(index)] = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+        tensors |= {f"{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+    return tensors, numbers
+
+
+def restore(checkpoint: Path, state: State) -> None:
+    """Load everything a run needs to go on.
+
+    Raises: InputError if the checkpoint is damaged, of another version, or of another model.
+    """
+    weights = read_weights(checkpoint, state.model)
+    path = checkpoint / STATE
+    if not path.exists():
+        raise InputError(
+            f"{checkpoint} has no {STATE}: it is damaged, or of a version of MoCapsNet that kept "
+            "its training state in pickles, which are not read because they can run programs. "
+            "`mocapsnet evaluate` can use its weights; to train, start a new run"
+        )
+    tensors = _read(checkpoint / OPTIMIZER)
+    try:
+        rest = json.loads(path.read_bytes())
+        check_format(rest, path)
+        optimizer = rest["optimizer"]
+        by_parameter = {int(i): dict(values) for i, values in optimizer["state"].items()}
+        for key, tensor in tensors.items():
+            index, name = key.split(".", 1)
+            by_parameter[int(index)][name] = tensor
+        _check_shapes(by_parameter, state.optimizer)
+        state.optimizer.load_state_dict(optimizer | {"state": by_parameter})
+        if state.schedule is not None:
+            state.schedule.load_state_dict(rest["schedule"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}") from error
+    state.model.load_state_dict(weights)
+
+
+def _check_shapes(by_parameter: dict[int, dict[str, Any]], optimizer: Optimizer) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in by_parameter.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape not in (parameters[index].shape, ()):
+                raise ValueError(f"{name} of parameter {index} has shape {list(value.shape)}")
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load only the model's weights. Raises: InputError as `restore`."""
-    model.load_state_dict(check_weights(checkpoint, model))
+    model.load_state_dict(read_weights(checkpoint, model))
 
 
-def check_weights(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+def read_weights(checkpoint: Path, model: nn.Module) -> dict[str, Tensor]:
     """Read a checkpoint's weights and compare names and shapes with the model's."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = checkpoint / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged: {error}") from error
+    weights = _read(path)
     have = {name: tuple(w.shape) for name, w in weights.items()}
     need = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     if have != need:
@@ -152,3 +182,10 @@ def check_weights(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tensor]
             f"{need.get(name, 'missing')} in the model that config.json describes"
         )
     return weights
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from error

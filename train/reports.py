@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from mocapsnet import CapsuleLoss
 from mocapsnet.train import checkpoints
 from mocapsnet.train.evaluation import Evaluation, evaluate
-from mocapsnet.train.metrics import read_rows
+from mocapsnet.train.metrics import describe_damage, read_rows
 from mocapsnet.train.options import RunOptions
 from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
+from mocapsnet.train.run_folder import read_config
 
 
 def report(command: RunOptions, pictures: bool = False) -> Evaluation:
@@ -19,7 +21,7 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
     Raises: InputError if the run, its data or the device cannot be used.
     """
     run = Path(command.run)
-    options = checkpoints.read_config(run)
+    options = read_config(run)
     checkpoint, epochs_done = checkpoints.latest(run)
     source = dataclasses.replace(
         options.data,
@@ -43,7 +45,11 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
         if pictures:
             from mocapsnet.train.plots import write_pictures
 
-            rows = [row for row in read_rows(run) if row["epoch"] <= epochs_done]
+            rows, damaged = read_rows(run)
+            if damaged:
+                what = describe_damage(run / "metrics.jsonl", damaged)
+                print(f"mocapsnet: warning: {what}", file=sys.stderr)
+            rows = [row for row in rows if row["epoch"] <= epochs_done]
             for path in write_pictures(run, rows, model, test_set, tested):
                 print(path)
     accelerator.end_training()

@@ -57,7 +57,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def optimizer_state(run: Path) -> dict[str, Any]:
-    return torch.load(checkpoint(run) / "optimizer.bin", weights_only=True)
+    """As `Optimizer.state_dict`, with the parameters' numbers as text."""
+    state = json.loads((checkpoint(run) / "state.json").read_text())["optimizer"]
+    for key, tensor in load_file(checkpoint(run) / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state["state"][index][name] = tensor
+    return state
 
 
 def assert_same_run(a: Path, b: Path) -> None:

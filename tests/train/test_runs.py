@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mocapsnet.train.loop import Trainer
+from mocapsnet.train.trainer import Trainer
 
 from .helpers import (
     TINY,
@@ -29,6 +29,7 @@ from .helpers import (
 Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
 
+CHECKPOINT = {"model.safetensors", "optimizer.safetensors", "state.json"}
 PICTURES = ["learning_curves.png", "reconstructions.png", "confusion_matrix.png"]
 
 
@@ -50,7 +51,7 @@ def test_two_epochs_on_digits_from_the_command_line() -> None:
     for name in PICTURES:
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     assert any((run / "tensorboard").iterdir())
-    assert {p.name for p in checkpoint(run).iterdir()} >= {"model.safetensors", "optimizer.bin"}
+    assert {p.name for p in checkpoint(run).iterdir()} == CHECKPOINT
     config = json.loads((run / "config.json").read_text())
     assert config["options"]["optim"]["batch_size"] == 32
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -146,6 +147,22 @@ def test_metrics_have_no_duplicate_or_torn_line_after_a_kill(
     (killed / "checkpoints" / "epoch-0002.tmp").mkdir()
     assert command("train", "--resume", "killed", "--epochs", "3")[0] == 0
     assert_same_run(whole, killed)
+
+
+def test_a_damaged_line_of_the_metrics_is_set_aside(train: Train, command: Command) -> None:
+    run = train("run", "--epochs", "3")
+    path = run / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    damaged = second[:40] + b"\xff\n"
+    path.write_bytes(first + damaged + b'{"epoch": 7}\n' + third)
+    said = f"mocapsnet: warning: {path}: lines 2, 3 cannot be read"
+    code, _, errors = command("visualize", "run", "--device", "cpu")
+    assert code == 0 and errors == said + "\n"
+    code, _, errors = command("train", "--resume", "run", "--epochs", "4")
+    assert code == 0 and errors == f"{said}; moved to {run}/metrics.damaged\n"
+    assert (run / "metrics.damaged").read_bytes() == damaged + b'{"epoch": 7}\n'
+    assert path.read_bytes().startswith(first + third)
+    assert [row["epoch"] for row in rows(run)] == [1, 3, 4]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
@@ -244,6 +261,19 @@ def test_two_processes_give_the_result_of_one(train: Train, command: Command) ->
     assert code == 0, errors
 
 
+@pytest.mark.slow
+def test_two_processes_resume_bit_for_bit() -> None:
+    shared = [*TINY, "--limit", "33", "--gradient-accumulation", "2"]
+    for arguments in (
+        [*shared, "--out", "whole", "--epochs", "2"],
+        [*shared, "--out", "parts", "--epochs", "1"],
+        ["--resume", "parts", "--epochs", "2"],
+    ):
+        done = run_process("train", *arguments, processes=2)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(Path("whole"), Path("parts"))
+
+
 def test_loss_that_is_not_finite(command: Command) -> None:
     """A huge learning rate: the first step's loss is finite, its update is not."""
     arguments = [*TINY, "--epochs", "2", "--lr", "1e30", "--out", "run"]
@@ -290,8 +320,8 @@ def test_damaged_runs_are_one_clear_error(damage: str, train: Train, command: Co
         save_file(content | {name: torch.zeros(3)}, path)
         expected = f"{path} belongs to another model: {name} is (3,)"
     elif damage == "optimizer":
-        (saved / "optimizer.bin").write_bytes(b"nothing")
-        expected = f"{saved} is damaged"
+        (saved / "optimizer.safetensors").write_bytes(b"nothing")
+        expected = f"{saved}/optimizer.safetensors is missing or damaged"
     elif damage == "missing":
         saved.rename(saved.with_suffix(".tmp"))
         expected = "holds no checkpoint"

@@ -1,0 +1,157 @@
+"""One epoch of training.
+
+A batch is `batch_size` images over all processes and micro-batches. Which images, in which order
+and how cropped is drawn once for all processes; each takes its slice. The loss is a sum over
+images, so the gradient of a batch is the sum over slices whatever their sizes, and a run gives the
+same result, but for rounding, however its batches are split.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mocapsnet import CapsuleLoss
+from mocapsnet.train import data
+from mocapsnet.train.errors import Diverged
+from mocapsnet.train.metrics import Row
+from mocapsnet.train.optimizers import current_lr
+from mocapsnet.train.options import TrainOptions
+
+# On a GPU, reading the losses waits for the device, so they are read once in so many steps.
+STEPS_PER_CHECK = 20
+
+
+@dataclass
+class Trainer:
+    """What an epoch works with."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    criterion: CapsuleLoss
+    optimizer: torch.optim.Optimizer
+    train_set: data.ImageSet
+    options: TrainOptions
+
+    def epoch(self, epoch: int, last_good: str) -> Row:
+        """One pass over the training images.
+
+        Args:
+            epoch: 0 for the first.
+            last_good: text for the message of Diverged.
+        Returns: the epoch's training numbers; losses and accuracy are means per image.
+        Raises: Diverged at the latest STEPS_PER_CHECK steps after a loss that is not finite.
+        """
+        accelerator, device = self.accelerator, self.accelerator.device
+        batch_size, pad = self.options.optim.batch_size, self.options.data.pad
+        count = len(self.train_set)
+        self._seed(epoch)
+        order, offsets = data.epoch_order(count, pad, self.options.optim.seed, epoch)
+        batches = list(
+            zip(
+                order.to(device).split(batch_size),
+                offsets.to(device).split(batch_size),
+                strict=True,
+            )
+        )
+        # Per step: total, margin and reconstruction loss and correct predictions, all summed.
+        sums = torch.zeros(len(batches), 4, device=device)
+        every = 1 if device.type == "cpu" else STEPS_PER_CHECK
+        totals = torch.zeros(4, dtype=torch.float64)
+        lr, seen = current_lr(self.optimizer), 0
+        started = time.perf_counter()
+        self.model.train()
+        # disable=None: no bar where the output is not a terminal.
+        bar = tqdm(
+            total=count,
+            desc=f"epoch {epoch + 1}/{self.options.optim.epochs}",
+            unit=" images",
+            leave=False,
+            disable=None if accelerator.is_main_process else True,
+        )
+        with bar:
+            for step, (indices, crops) in enumerate(batches):
+                sums[step] = self._step(indices, crops)
+                if (step + 1) % every == 0 or step + 1 == len(batches):
+                    done = accelerator.reduce(sums[seen : step + 1], "sum").cpu().double()
+                    self._stop_if_not_finite(done, epoch * len(batches) + seen, epoch, last_good)
+                    totals += done.sum(0)
+                    seen = step + 1
+                    images = min(seen * batch_size, count)
+                    bar.set_postfix(
+                        loss=f"{totals[0] / images:.4f}",
+                        accuracy=f"{totals[3] / images:.2%}",
+                        refresh=False,
+                    )
+                bar.update(len(indices))
+        seconds = time.perf_counter() - started
+        means = (totals / count).tolist()
+        return {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * len(batches),
+            "lr": lr,
+            "train_loss": means[0],
+            "train_margin": means[1],
+            "train_reconstruction": means[2],
+            "train_accuracy": means[3],
+            "train_images_per_second": count / seconds,
+            "train_seconds": seconds,
+        }
+
+    def _seed(self, epoch: int) -> None:
+        """Whatever draws random numbers in an epoch draws the same ones after a resume."""
+        process = self.accelerator.process_index
+        source = np.random.SeedSequence([self.options.optim.seed, epoch, process + 1])
+        torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
+
+    def _step(self, indices: Tensor, crops: Tensor) -> Tensor:
+        """One optimiser step on this process's share of a batch; returns the share's sums [4]."""
+        accelerator = self.accelerator
+        processes, micro_batches = (
+            accelerator.num_processes,
+            accelerator.gradient_accumulation_steps,
+        )
+        sums = torch.zeros(4, device=accelerator.device)
+        shares = list(
+            zip(
+                indices.tensor_split(processes * micro_batches),
+                crops.tensor_split(processes * micro_batches),
+                strict=True,
+            )
+        )
+        for share, crop in shares[accelerator.process_index :: processes]:
+            # Every process has to take part in the exchange of gradients, so where a small last
+            # batch leaves it without images it works on one with weight zero.
+            weight = 1.0 if len(share) else 0.0
+            if not len(share):
+                share, crop = indices[:1], crops[:1]
+            with accelerator.accumulate(self.model):
+                images, pixels, labels = data.training_batch(
+                    self.train_set, share, crop, self.options.data.pad
+                )
+                out = self.model(images, labels)
+                loss = self.criterion(out, pixels, labels)
+                # Accelerate divides by the number of micro-batches, and data parallelism averages
+                # over the processes; the gradient wanted is that of the sum.
+                accelerator.backward(loss.total * (weight * processes * micro_batches))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            correct = (out.lengths.argmax(1) == labels).sum()
+            parts = [loss.total, loss.margin, loss.reconstruction, correct]
+            sums += weight * torch.stack([part.detach().float() for part in parts])
+        return sums
+
+    def _stop_if_not_finite(self, sums: Tensor, first: int, epoch: int, last_good: str) -> None:
+        bad = (~sums.isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            total, margin, reconstruction, _ = sums[bad[0]].tolist()
+            raise Diverged(
+                f"the loss is not finite at step {first + int(bad[0]) + 1} (epoch {epoch + 1}): "
+                f"total {total}, margin {margin}, reconstruction {reconstruction}; {last_good}"
+            )
