@@ -11,7 +11,7 @@ import torch
 
 import mocapsnet
 from mocapsnet.train import data
-from mocapsnet.train.loop import Trainer
+from mocapsnet.train.trainer import Trainer
 
 from .helpers import TINY, rows, weights
 
