@@ -118,7 +118,8 @@ def _split(
     state: dict[int, dict[str, Any]],
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """An optimiser's state by parameter as tensors, "3.exp_avg", and what is not a tensor."""
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     for index, values in state.items():
         numbers[str(index)] = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
         tensors |= {f"{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}

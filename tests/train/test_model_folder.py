@@ -11,6 +11,7 @@ import torch
 
 import mocapsnet
 from mocapsnet.train import data
+from mocapsnet.train.options import DataOptions
 from mocapsnet.train.trainer import Trainer
 
 from .helpers import TINY, rows, weights
@@ -21,7 +22,7 @@ Train = Callable[..., Path]
 
 def accuracy(run: Path) -> float:
     """Of the network in RUN/model on the tiny test set."""
-    _, test_set = data.load("digits", "", False)
+    _, test_set = data.load(DataOptions(), quiet=True)
     test_set = test_set.first(48)
     found = mocapsnet.load(run).predict(test_set.images)
     return float((found.labels == test_set.labels).double().mean())
