@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,6 +41,12 @@ def probe(
             return branch(n, layer, x, *arguments)
 
     name = f"layer {n} ({type(layer).__name__})"
+    if sharded(layer):
+        raise ValueError(
+            f"{name} is sharded on its own, so its parameters are there only while it is called "
+            "and would get no gradient from a reversible stack; shard the stack or the model as a "
+            'whole, as fully_shard(stack) does, or use memory="stored"'
+        )
     numbers, sources = plain_numbers(layer), generators(layer)
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -70,6 +77,16 @@ def probe(
             'memory="stored"'
         )
     return lost_gradients(name, layer, second, [leaf, *tensors])
+
+
+def sharded(layer: nn.Module) -> bool:
+    """Whether FSDP shards the layer, or a module in it, by itself."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
+    if fsdp is None:
+        return False
+    return any(
+        isinstance(m, fsdp.FSDPModule | fsdp.FullyShardedDataParallel) for m in layer.modules()
+    )
 
 
 def plain_numbers(layer: nn.Module) -> dict[tuple[int, str], float]:
@@ -131,10 +148,9 @@ def lost_gradients(
         return None
     if own and not own & set(reached):
         return (
-            f"{name} computes with other parameters than it has between calls, as fully_shard of a "
-            "single layer and offloading by Accelerate have it, so that their gradients would be "
-            'lost; shard the stack or the model as a whole, or use memory="stored" (fully_shard), '
-            "or call without gradients, under torch.no_grad() (offloading)"
+            f"{name} computes with other parameters than it has between calls, as under "
+            "Accelerate's offloading, so that their gradients would be lost: train without, and "
+            "offload for inference alone"
         )
     return (
         f"{name} computes with a tensor {list(strange[0].shape)} that needs a gradient and is "

@@ -57,6 +57,7 @@ def meaning(layer: nn.Module) -> tuple[Any, ...]:
         *(
             (
                 m,
+                type(m),
                 tuple(m._parameters),
                 tuple(m._buffers),
                 type(m).forward,

@@ -162,3 +162,7 @@ def test_offloading_to_the_cpu_by_accelerate():
         got = model(images)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    lengths = model(images).lengths  # with gradients, which would not reach the weights
+    torch.testing.assert_close(lengths, want.lengths, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="other parameters than it has between calls.*offload"):
+        lengths.sum().backward()
