@@ -138,15 +138,19 @@ def lost_gradients(
     name: str, layer: nn.Module, output: Tensor, given: Iterable[Tensor]
 ) -> str | None:
     """What to say if the output's gradient reaches a tensor that is no parameter and not given."""
-    own = {id(p) for p in layer.parameters() if p.requires_grad}
-    start = [] if output.grad_fn is None else [output.grad_fn]
-    reached = {
-        id(t): t for node in nodes(start) if (t := getattr(node, "variable", None)) is not None
-    }
-    strange = [t for t in reached.values() if id(t) not in own | {id(t) for t in given}]
+    if output.grad_fn is None:
+        return None
+    own = [p for p in layer.parameters() if p.requires_grad]
+    ends = {p.grad_fn: p for p in own if p.grad_fn is not None}  # computed, by functional_call
+    met = [
+        ends.get(node, getattr(node, "variable", None)) for node in nodes([output.grad_fn], ends)
+    ]
+    reached = {id(t): t for t in met if t is not None}
+    known = {id(t) for t in (*own, *given)}
+    strange = [t for key, t in reached.items() if key not in known]
     if not strange:
         return None
-    if own and not own & set(reached):
+    if own and not any(id(p) in reached for p in own):
         return (
             f"{name} computes with other parameters than it has between calls, as under "
             "Accelerate's offloading, so that their gradients would be lost: train without, and "

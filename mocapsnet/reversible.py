@@ -49,7 +49,8 @@ class MomentumStack(nn.Module):
     not changed, and neither may training mode and hooks. A tensor that a layer reads and that needs
     a gradient must be its parameter or an argument of forward. The first forward that records
     gradients calls each layer once more: what does not repeat itself, or has a skip connection of
-    its own, is refused.
+    its own, is refused. Under the transforms of torch.func, forward-mode differentiation, tracing
+    and export, which do not see backward, such layers are called as with `memory="stored"`.
 
     Args:
         layers: modules that map a tensor to one of the same shape.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -73,14 +73,14 @@ def in_place_kind(node: Any) -> str:
     return "Relu" if not values and len(first.unique()) <= 2 else "unknown"
 
 
-def nodes(start: Iterable[Node]) -> Iterator[Node]:
-    """The nodes of the graph from `start` down."""
+def nodes(start: Iterable[Node], ends: Container[Node] = ()) -> Iterator[Node]:
+    """The nodes of the graph from `start` down to `ends`."""
     todo = list(start)
     seen = set(todo)
     while todo:
         node = todo.pop()
         yield node
-        for operand, _ in node.next_functions:
+        for operand, _ in () if node in ends else node.next_functions:
             if operand is not None and operand not in seen:
                 seen.add(operand)
                 todo.append(operand)
