@@ -99,7 +99,10 @@ class CapsNetConfig:
 
 
 class CapsNetOutput(NamedTuple):
-    """lengths [B, classes]; capsules [B, classes, class_dim]; reconstruction [B, C, H, W]."""
+    """lengths [B, classes]; capsules [B, classes, class_dim]; reconstruction [B, C, H, W].
+
+    All float32, also of a network in half precision, or float64 of one in float64.
+    """
 
     lengths: Tensor
     capsules: Tensor
@@ -113,7 +116,8 @@ class Decoder(nn.Module):
         in_features: classes * class_dim.
         hidden: units of the hidden layers.
         image_shape: channels, height and width.
-    Shapes: masked capsules [B, classes, class_dim] -> pixels in [0, 1] [B, C, H, W].
+    Shapes: masked capsules [B, classes, class_dim] -> pixels in [0, 1] [B, C, H, W], in the dtype
+        of the capsules; the layers compute in that of their weights.
     """
 
     def __init__(
@@ -130,7 +134,9 @@ class Decoder(nn.Module):
         self.image_shape = image_shape
 
     def forward(self, capsules: Tensor) -> Tensor:
-        return self.layers(capsules.flatten(1)).unflatten(1, self.image_shape)
+        weight = next(self.layers.parameters())
+        pixels = self.layers(capsules.flatten(1).to(weight.dtype))
+        return pixels.to(capsules.dtype).unflatten(1, self.image_shape)
 
 
 class CapsNet(Pretrained):
@@ -153,14 +159,17 @@ class CapsNet(Pretrained):
     as long as those of other hidden layers 82.3 %, their root of the sum of squares kept 88.0 %,
     their sum kept, as here, 91.5 %. With 256 channels the first did not learn at all.
 
-    Under autocast only the convolutions run in the lower precision.
+    Under autocast only the convolutions run in the lower precision. In a network of bfloat16 or
+    float16 weights, `model.bfloat16()`, convolutions and decoder do; capsules and what adds up to
+    them are float32 all the same, and so are the outputs.
 
     Args:
         image_shape: channels, height and width of the images.
         classes: number of classes.
         options: any other field of `CapsNetConfig`.
-    Shapes: images [B, C, H, W], normalised; labels [B] or None -> `CapsNetOutput`. The decoder
-        sees the capsule of the class in `labels`, or of the longest capsule if None.
+    Shapes: images [B, C, H, W], normalised, of any floating dtype; labels [B] or None ->
+        `CapsNetOutput`. The decoder sees the capsule of the class in `labels`, or of the longest
+        capsule if None.
     Raises: ValueError if an option is out of range, the images are too small, or labels are not
         class indices [B].
     """
@@ -261,9 +270,14 @@ class CapsNet(Pretrained):
                 f"images must be [B, {', '.join(map(str, self.config.image_shape))}]; "
                 f"got {list(images.shape)}"
             )
+        weight = next(self.convolutions.parameters())
+        if images.is_floating_point():
+            images = images.to(weight.dtype)
         features = self.convolutions(images)
-        with torch.autocast(images.device.type, enabled=False):
-            features = features.to(torch.promote_types(features.dtype, self.last.weight.dtype))
+        kind = "cpu" if images.is_meta else images.device.type  # the meta device has no autocast
+        with torch.autocast(kind, enabled=False):
+            dtype = torch.promote_types(features.dtype, self.last.weight.dtype)
+            features = features.to(torch.promote_types(dtype, torch.float32))
             capsules = self.last(self.stack(self.first(self.primary(features))))
             lengths = torch.linalg.vector_norm(capsules, dim=-1)
             if labels is not None:

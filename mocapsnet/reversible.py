@@ -40,7 +40,8 @@ class MomentumStack(nn.Module):
 
     With `memory="reversible"` forward keeps no activations: backward reconstructs every layer's
     input from the final x and v, calls the layer again and differentiates it alone. x and v are
-    float32 or wider whatever the input's dtype. Dividing by gamma multiplies rounding errors;
+    float32 or wider whatever the input's dtype; a layer whose weights are all bfloat16 or float16
+    is given x in that dtype. Dividing by gamma multiplies rounding errors;
     anchors, a stored (x, v) every so many layers, bound the error at any depth, see `spacing`.
 
     Layers may be any modules that return the branch alone, without x added. The second call
