@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from . import __version__
 
 if TYPE_CHECKING:
-    from mocapsnet.train.options import PredictOptions, RunOptions, TrainOptions
+    from mocapsnet.train.options import ExportOptions, PredictOptions, RunOptions, TrainOptions
 
 # Import names of what `pip install "mocapsnet[train]"` adds.
 EXTRA = [
@@ -66,7 +66,12 @@ def _run(arguments: list[str]) -> None:
 
         return benchmark(arguments[1:])
 
-    from mocapsnet.train.options import PredictOptions, TrainOptions, VisualizeOptions
+    from mocapsnet.train.options import (
+        ExportOptions,
+        PredictOptions,
+        TrainOptions,
+        VisualizeOptions,
+    )
 
     command = parse(arguments)
     if isinstance(command, TrainOptions):
@@ -77,13 +82,17 @@ def _run(arguments: list[str]) -> None:
         from mocapsnet.train.predict import predict
 
         predict(command)
+    elif isinstance(command, ExportOptions):
+        from mocapsnet.train.export import export
+
+        export(command)
     else:
         from mocapsnet.train.reports import report
 
         report(command, pictures=isinstance(command, VisualizeOptions))
 
 
-def parse(arguments: list[str]) -> TrainOptions | PredictOptions | RunOptions:
+def parse(arguments: list[str]) -> TrainOptions | PredictOptions | ExportOptions | RunOptions:
     """Read a command line. On --help or an unknown option tyro prints and leaves with 0 or 2.
 
     With --resume the options of that run are the defaults, and most of them are fixed.
@@ -131,12 +140,15 @@ def _check_resumable(saved: TrainOptions, command: TrainOptions) -> None:
             )
 
 
-def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | PredictOptions | RunOptions:
+def _cli(
+    arguments: list[str], train: TrainOptions
+) -> TrainOptions | PredictOptions | ExportOptions | RunOptions:
     import tyro
 
     from mocapsnet.train.options import (
         BenchmarkOptions,
         EvaluateOptions,
+        ExportOptions,
         PredictOptions,
         TrainOptions,
         VisualizeOptions,
@@ -148,6 +160,7 @@ def _cli(arguments: list[str], train: TrainOptions) -> TrainOptions | PredictOpt
         | Annotated[EvaluateOptions, subcommand("evaluate")]
         | Annotated[VisualizeOptions, subcommand("visualize")]
         | Annotated[PredictOptions, subcommand("predict")]
+        | Annotated[ExportOptions, subcommand("export")]
         | Annotated[BenchmarkOptions, subcommand("benchmark")]
     )
     command = tyro.cli(

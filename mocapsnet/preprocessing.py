@@ -21,7 +21,7 @@ def normalise(pixels: Tensor) -> Tensor:
     centred = pixels - mean
     std = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     # The least std of an 8-bit image that is not constant is 1/255 sqrt((1 - 1/n)/n) for n values.
-    n = pixels[0].numel() if len(pixels) else 1
+    n = pixels.shape[1:].numel()
     return centred / std.clamp_min(0.5 / 255 / n**0.5)
 
 

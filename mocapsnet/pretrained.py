@@ -113,6 +113,12 @@ class Pretrained(Predictor):
             )
         return str(done)
 
+    def export_onnx(self, path: str | os.PathLike[str]) -> Path:
+        """Write the network to an ONNX file; see `mocapsnet.onnx_export.export_onnx`."""
+        from .onnx_export import export_onnx
+
+        return export_onnx(self, path)  # type: ignore[arg-type]
+
 
 def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> CapsNet:
     """The trained network of a run, or of a folder that `save_pretrained` wrote, for inference.

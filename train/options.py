@@ -224,6 +224,16 @@ class PredictOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """Write a trained network to an ONNX file, and run that beside it."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run folder that `mocapsnet train` wrote, or a folder that save_pretrained wrote."""
+    out: Annotated[str, arg(metavar="FILE")] = "model.onnx"
+    """The file, which must not exist. Needs pip install "mocapsnet[onnx]"."""
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """Measure speed, memory and precision; `mocapsnet benchmark --help` lists the benchmarks."""
 
