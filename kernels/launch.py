@@ -81,8 +81,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def amd_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Launch options without what Triton knows for NVIDIA GPUs alone."""
-    return {name: value for name, value in options.items() if name != "maxnreg"}
+    """Launch options without what Triton knows for NVIDIA GPUs alone; AMD's matrix units multiply
+    float32 as it is."""
+    options = {name: value for name, value in options.items() if name != "maxnreg"}
+    if options.get("PRECISION") in ("split", "rounded", "exact"):
+        options["PRECISION"] = "ieee"
+    return options
 
 
 @contextmanager
@@ -128,3 +132,16 @@ def dot_precision(*tensors: Tensor) -> str:
         return "ieee"
     low = all(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
     return "ieee" if torch.get_float32_matmul_precision() == "highest" and not low else "tf32"
+
+
+def split_precision(*tensors: Tensor) -> str:
+    """PRECISION of `routing/dots.py` for a product of float32 numbers with these inputs.
+
+    torch.set_float32_matmul_precision decides for float32; "exact" is for operands that are all
+    bfloat16 or float16.
+    """
+    if accumulation_dtype(*tensors) == torch.float64:
+        return "ieee"
+    if all(t.dtype in (torch.bfloat16, torch.float16) for t in tensors):
+        return "exact"
+    return "split" if torch.get_float32_matmul_precision() == "highest" else "rounded"

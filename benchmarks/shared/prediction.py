@@ -77,6 +77,8 @@ def predicted(launch: Launch, architecture: str, made: Compiled) -> float | None
 def trips(launch: Launch) -> int:
     """How often a kernel runs its innermost loop."""
     named = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
+    if launch.kernel is routing.first_sum_kernel:
+        return math.ceil(named["per_slice"] * named["K"] / named["BLOCK_NK"])
     if "per_slice" in named:
         return named["per_slice"]
     if "slices" in named:

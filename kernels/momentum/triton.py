@@ -27,7 +27,7 @@ TERMS_BYTES = 8 << 20
 def on_chip(x: Tensor) -> routing.Plan | None:
     """The plan for the on-chip form, or None if a sample's votes are too many."""
     B, J, D = x.shape
-    plan = routing.plan(B, J, J, D, x.itemsize)
+    plan = routing.plan(B, J, D, J, D, x.itemsize)
     return plan if plan.on_chip and B else None
 
 

@@ -160,6 +160,11 @@ def explain(
         triton.backward(v, u, W, sums, kept, method, routing_grad, bias is not None)
     on_chip = any(launch.kernel is triton.on_chip_forward_kernel for launch in forward)
     form = "on chip, a sample per program" if on_chip else "streamed over the input capsules"
+    if any(
+        launch.kernel is triton.streamed_sum_kernel and launch.options["PRECISION"]
+        for launch in forward
+    ):
+        form += ", votes on tensor cores"
     return Explanation(backend, form, *(tuple(map(str, part)) for part in (forward, backward)))
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import device
-from . import tile
+from . import dots, tile
 
 
 @triton.jit(do_not_specialize=["B", "N", "per_slice"])
@@ -27,16 +27,20 @@ def streamed_sum_kernel(
     UNIFORM: tl.constexpr,
     GRADIENT: tl.constexpr,
     KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """s of one iteration, or d(state) if GRADIENT, over a slice each: partial [slices, B, J, D].
 
-    The couplings [N, J, B] are stored if KEEP.
+    The couplings [N, J, B] are stored if KEEP. Votes are made on tensor cores if there is a
+    PRECISION for them, see dots.py.
     """
-    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
+    b = row[:, :, None]
     j = tl.arange(0, BLOCK_J)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
     m_v = (b < B) & (j < J) & (d < D)
@@ -54,7 +58,14 @@ def streamed_sum_kernel(
         if UNIFORM and not SDA:
             acc = tile.add_votes(acc, p_u, b < B, p_W, m_W, K, J, D, ACC)
         else:
-            u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
+            if PRECISION is None:
+                u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
+            else:
+                k = tl.arange(0, BLOCK_K)
+                p_u_k = u_ptr + (row * N + i) * K + k[None, :]
+                m_u_k = (row < B) & (k[None, :] < K)
+                k = k[:, None, None]
+                u_hat = dots.votes(p_u_k, m_u_k, p_W + k * J * D, m_W & (k < K), PRECISION, ACC)
             if SDA:
                 u_hat, _, _ = tile.shorten(u_hat, p_u, b < B, K, ACC)
             if UNIFORM:
@@ -74,6 +85,42 @@ def streamed_sum_kernel(
     if UNIFORM:
         acc = acc / J
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * B * J * D + o_v, acc, m_v)
+
+
+@triton.jit(do_not_specialize=["B", "N", "per_slice"])
+def first_sum_kernel(
+    u_ptr,
+    W_ptr,
+    partial_ptr,
+    B,
+    N,
+    per_slice,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_NK: tl.constexpr,
+    BLOCK_JD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """s of the first iteration of rba over a slice each, one matrix product / J, on tensor cores:
+    partial [slices, B, J, D].
+    """
+    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
+    column = tl.program_id(2) * BLOCK_JD + tl.arange(0, BLOCK_JD)[None, :]
+    first = tl.program_id(1).to(tl.int64) * per_slice
+    end = tl.minimum(first + per_slice, N) * K
+    acc = tl.zeros([BLOCK_B, BLOCK_JD], ACC)
+    for begin in range(first * K, end, BLOCK_NK):
+        k = begin + tl.arange(0, BLOCK_NK)
+        m_u = (b < B) & (k[None, :] < end)
+        b_u = tl.load(u_ptr + b * (N.to(tl.int64) * K) + k[None, :], m_u, 0).to(ACC)
+        m_W = (k[:, None] < end) & (column < J * D)
+        b_W = tl.load(W_ptr + k[:, None] * (J * D) + column, m_W, 0).to(ACC)
+        acc = dots.add(acc, dots.dot(b_u, b_W, PRECISION))
+    p = partial_ptr + (tl.program_id(1).to(tl.int64) * B + b) * (J * D) + column
+    tl.store(p, acc / J, (b < B) & (column < J * D))
 
 
 @triton.jit

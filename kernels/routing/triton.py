@@ -1,16 +1,17 @@
 """Launches the Triton kernels of routing, in the form that suits a problem."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..launch import accumulation_dtype, accumulation_type, launch, padded
+from ..launch import accumulation_dtype, accumulation_type, launch, padded, split_precision
 from . import chunked
 from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
 from .reference import distance_scale
 from .streamed import (
+    first_sum_kernel,
     kept_backward_kernel,
     output_gradient_kernel,
     output_kernel,
@@ -25,6 +26,18 @@ ON_CHIP_VOTES = 16384
 STREAM_PROGRAMS = 2112
 """Programs that a streamed pass is cut into: 16 for each multiprocessor of an H100."""
 
+DOT_SIZES = (4,)
+"""Bytes of the numbers that are multiplied on tensor cores: float64 takes the vector units."""
+
+DOT_K = range(5, 33)
+"""Input dimensions that make votes on tensor cores pay: these take K in eights."""
+
+DOT_COLUMNS = range(32, 513)
+"""Numbers [J, D] of a row, sides padded, of which a tile of 16 samples fits registers."""
+
+DOT_PROGRAMS = 528
+"""Programs of a streamed pass with votes on tensor cores: 4 for each multiprocessor of an H100."""
+
 TERMS_BYTES = 64 << 20
 """Numbers a that streamed backward holds at a time."""
 
@@ -38,37 +51,61 @@ class Plan(NamedTuple):
     per_slice: int
     """Input capsules of a program."""
     num_warps: int
+    dots: bool
+    """Whether votes are made on tensor cores."""
 
 
-def plan(B: int, N: int, J: int, D: int, itemsize: int) -> Plan:
+def plan(B: int, N: int, K: int, J: int, D: int, itemsize: int) -> Plan:
     """The plan for a problem whose accumulation dtype has `itemsize` bytes.
 
-    A streamed tile belongs to one warp if that can hold it, 4 KB: then it needs no shared memory
-    and no barriers, and Triton lays its rows of D out so that loads are wide and sums short.
+    A streamed tile with votes on tensor cores has 64 columns [J, D] for each warp. Another belongs
+    to one warp if that can hold it, 4 KB: then it needs no shared memory and no barriers, and
+    Triton lays its rows of D out so that loads are wide and sums short.
     """
-    row = padded(J) * padded(D) * itemsize
+    columns = padded(J) * padded(D)
+    row = columns * itemsize
     if padded(N) * row <= ON_CHIP_VOTES * itemsize:
-        return Plan(True, 1, N, num_warps=min(max(padded(N) * row // 2048, 1), 16))
+        return Plan(True, 1, N, min(max(padded(N) * row // 2048, 1), 16), False)
+    if itemsize in DOT_SIZES and K in DOT_K and columns in DOT_COLUMNS:
+        slices = max(1, min(N, DOT_PROGRAMS // triton.cdiv(max(B, 1), 16)))
+        return Plan(False, 16, triton.cdiv(N, slices), min(max(columns // 64, 1), 8), True)
+    return vector_plan(B, N, J, D, itemsize)
+
+
+def vector_plan(B: int, N: int, J: int, D: int, itemsize: int) -> Plan:
+    """The streamed plan without tensor cores."""
+    row = padded(J) * padded(D) * itemsize
     block_b = max(1, min(16, 4096 // row, padded(B)))
     slices = max(1, min(N, STREAM_PROGRAMS // triton.cdiv(max(B, 1), block_b)))
     num_warps = 1 if row <= 4096 else min(row // 2048, 16)
-    return Plan(False, block_b, triton.cdiv(N, slices), num_warps)
+    return Plan(False, block_b, triton.cdiv(N, slices), num_warps, False)
 
 
-def registers(num_warps: int, sda: bool, full: bool) -> dict[str, int]:
+def registers(p: Plan, sda: bool, full: bool) -> dict[str, int]:
     """Launch option of streamed kernels: how many registers a thread may take.
 
     Unasked, ptxas fits in one more program where it can, and spills one to four registers for it.
     """
-    if not (sda or num_warps > 1):
+    if p.dots or not (sda or p.num_warps > 1):
         return {}
     return {"maxnreg": 255 if sda or full else 168}
 
 
+def vote_options(p: Plan, u: Tensor, W: Tensor) -> dict[str, Any]:
+    """Launch options of the kernels that can make votes on tensor cores."""
+    return dict(
+        PRECISION=split_precision(u, W) if p.dots else None,
+        BLOCK_B=p.block_b,
+        BLOCK_K=max(padded(u.shape[2]), 8),
+        num_warps=p.num_warps,
+        num_stages=1,
+    )
+
+
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
     """Shape of the couplings [N, J, B] that the streamed forward keeps; (0,) if it keeps none."""
-    (B, N, _), (J, D) = u.shape, W.shape[2:]
-    on_chip = plan(B, N, J, D, accumulation_dtype(u, W).itemsize).on_chip
+    (B, N, K), (J, D) = u.shape, W.shape[2:]
+    on_chip = plan(B, N, K, J, D, accumulation_dtype(u, W).itemsize).on_chip
     return chunked.kept_shape(u, W, keep and not on_chip)
 
 
@@ -84,7 +121,7 @@ def forward(
     kept = s.new_empty(kept_shape(u, W, keep))
     if B == 0:
         return v, s, kept
-    p = plan(B, N, J, D, s.itemsize)
+    p = plan(B, N, K, J, D, s.itemsize)
     sda = method == "sda"
     sizes = dict(J=J, D=D, BLOCK_J=padded(J), BLOCK_D=padded(D), ACC=accumulation_type(u, W))
     routing = dict(K=K, SCALE=distance_scale(J), SDA=sda)
@@ -107,19 +144,36 @@ def forward(
     partial = s.new_empty(slices, B, J, D)
     V = torch.empty_like(s[0])
     for r in range(iterations):
-        launch(
-            streamed_sum_kernel,
-            (triton.cdiv(B, p.block_b), slices),
-            *(u, W, V, V, kept, partial, B, N, p.per_slice),
-            UNIFORM=r == 0,
-            GRADIENT=False,
-            KEEP=kept.dim() == 3 and r == iterations - 1,
-            BLOCK_B=p.block_b,
-            num_warps=p.num_warps,
-            **routing,
-            **sizes,
-            **registers(p.num_warps, sda, full=False),
-        )
+        if r == 0 and not sda and s.itemsize in DOT_SIZES:
+            block_b, block_jd = 32, min(max(padded(J) * padded(D), 16), 128)
+            launch(
+                first_sum_kernel,
+                (triton.cdiv(B, block_b), slices, triton.cdiv(J * D, block_jd)),
+                *(u, W, partial, B, N, p.per_slice),
+                K=K,
+                J=J,
+                D=D,
+                PRECISION=split_precision(u, W),
+                BLOCK_B=block_b,
+                BLOCK_NK=16,
+                BLOCK_JD=block_jd,
+                ACC=sizes["ACC"],
+                num_warps=4,
+                num_stages=1,
+            )
+        else:
+            launch(
+                streamed_sum_kernel,
+                (triton.cdiv(B, p.block_b), slices),
+                *(u, W, V, V, kept, partial, B, N, p.per_slice),
+                UNIFORM=r == 0,
+                GRADIENT=False,
+                KEEP=kept.dim() == 3 and r == iterations - 1,
+                **vote_options(p, u, W),
+                **routing,
+                **sizes,
+                **registers(p, sda, full=False),
+            )
         launch(
             output_kernel,
             (B,),
@@ -150,7 +204,7 @@ def backward(
     du, dW = torch.empty_like(u), torch.empty_like(W)
     if B == 0:
         return du, dW.zero_(), s.new_zeros(J, D) if with_bias else s.new_empty(0)
-    p = plan(B, N, J, D, s.itemsize)
+    p = plan(B, N, K, J, D, s.itemsize)
     sda, full = method == "sda", routing_grad == "full"
     terms = 2 * R - 1 if full else 1
     x = s.new_empty(max(terms, 2), B, J, D)  # ds of each iteration (or the last), then the states
@@ -190,6 +244,7 @@ def backward(
                 **sizes,
             )
         else:
+            p = vector_plan(B, N, J, D, s.itemsize)
             # all of sda's gradient at once needs more registers than a whole tile leaves
             block_b = max(1, p.block_b // 2) if sda and full else p.block_b
             launch(
@@ -201,7 +256,7 @@ def backward(
                 num_warps=p.num_warps,
                 **routing,
                 **sizes,
-                **registers(p.num_warps, sda, full),
+                **registers(p, sda, full),
             )
         weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, is_kept)
     return du, dW, x[: R if full else 1].sum((0, 1)) if with_bias else s.new_empty(0)
@@ -256,8 +311,7 @@ def output_gradients(
             UNIFORM=False,
             GRADIENT=True,
             KEEP=False,
-            BLOCK_B=p.block_b,
-            num_warps=p.num_warps,
+            **vote_options(p, u, W),
             **sizes,
-            **registers(p.num_warps, sda, full),
+            **registers(p, sda, full),
         )
