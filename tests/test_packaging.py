@@ -1,5 +1,7 @@
 """The wheel and the source distribution hold what they should and work without the repository."""
 
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -137,6 +139,31 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_index_would_take_both(archive: Path, wheel: Path, tmp_path: Path) -> None:
     run("-m", "twine", "check", "--strict", wheel, archive, cwd=tmp_path)
+
+
+def test_an_index_page_refers_to_nothing_that_an_index_lacks(wheel: Path) -> None:
+    (metadata,) = (text for name, text in contents(wheel).items() if name.endswith("/METADATA"))
+    page = metadata.decode()
+    assert (
+        "# MoCapsNet" in page
+        and "make test" in page
+        and "docs/" in (ROOT / "README.md").read_text()
+    )
+    targets = re.findall(r"\]\((.*?)\)", page)
+    assert all(target.startswith("https://") for target in targets), targets
+
+
+def test_an_index_page_refers_to_the_public_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    index_page = runpy.run_path(str(ROOT / "setup.py"))["index_page"]
+    readme = (
+        "![a\npicture](docs/a.svg)\n\n[a page](docs/a.md#part), [outside](https://example.org/)\n"
+    )
+    assert index_page(readme, "https://example.org/us/it") == (
+        "![a\npicture](https://example.org/us/it/raw/HEAD/docs/a.svg)\n\n"
+        "[a page](https://example.org/us/it/blob/HEAD/docs/a.md#part), [outside](https://example.org/)\n"
+    )
+    assert index_page(readme, None) == "\n\na page, [outside](https://example.org/)\n"
 
 
 def test_the_citation_names_this_version() -> None:

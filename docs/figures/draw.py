@@ -136,7 +136,7 @@ def results(name: str) -> list[dict[str, Any]]:
 
 
 def memory() -> Drawing:
-    """Measured memory of the first capsule layer, as areas to one scale."""
+    """Measured memory and time of the first capsule layer; areas are to one scale."""
     rows = {
         row["candidate"]: row
         for row in results("routing")
@@ -145,6 +145,7 @@ def memory() -> Drawing:
     shown = [
         ("published", "published code", "faint"),
         ("einsum", "einsum", "two"),
+        ("einsum, compiled", "einsum, compiled", "two"),
         ("chunked", "this library", "one"),
     ]
     d = Drawing(760, 330)
@@ -156,11 +157,143 @@ def memory() -> Drawing:
         d.text(x, 278, label, anchor="start", bold=True)
         d.text(x, 299, f"{row['peak_bytes'] / 1e6:,.0f} MB", anchor="start", size=14)
         d.text(x, 319, f"{row['seconds']:.2f} s", anchor="start", size=14)
-        x += max(side, 110) + 70
+        x += max(side, 130) + 40
     return d
 
 
-FIGURES = [capsule, agreement, network, memory]
+def chunks() -> Drawing:
+    """One iteration: votes of a few input capsules at a time, made, used and dropped."""
+    d = Drawing(860, 330)
+    d.text(62, 24, "input\ncapsules u", size=14)
+    d.text(150, 24, "matrices\nW", size=14)
+    for n in range(9):
+        kind = "one" if n in (3, 4) else "faint"
+        d.box(42, 62 + 26 * n, 40, 20, kind, wash=True, line=1, radius=2)
+        d.box(125, 62 + 26 * n, 50, 20, kind, wash=True, line=1, radius=2)
+    d.line((184, 160), (218, 160), arrow=True)
+    d.box(226, 118, 160, 84, "one", wash=True)
+    d.text(306, 142, "votes of a chunk", bold=True)
+    d.text(306, 164, "u W", size=14)
+    d.text(306, 188, "made, used, dropped", size=13)
+    d.line((386, 160), (420, 160), arrow=True)
+    d.box(428, 118, 160, 84, "one", wash=True)
+    d.text(508, 142, "couplings", bold=True)
+    d.text(508, 164, "softmax(votes · V)", size=14)
+    d.text(508, 188, "also dropped", size=13)
+    d.line((588, 160), (622, 160), arrow=True)
+    d.box(630, 118, 180, 84, "ink", wash=True)
+    d.text(720, 142, "weighted sum s", bold=True)
+    d.text(720, 164, "grows chunk by chunk", size=14)
+    d.text(720, 188, "B × J × D numbers", size=13)
+    d.line((720, 202), (720, 272), (596, 272), arrow=True)
+    d.text(730, 250, "after the\nlast chunk", anchor="start", size=13)
+    d.box(428, 240, 160, 64, "two", wash=True)
+    d.text(508, 264, "state V", bold=True)
+    d.text(508, 288, "V + squash(s)", size=14)
+    d.line((508, 240), (508, 210), arrow=True, kind="two", width=2)
+    d.text(320, 268, "all that goes on to\nthe next iteration", size=14)
+    d.line((390, 272), (422, 272), kind="faint")
+    d.line((508, 112), (508, 80), (306, 80), (306, 112), arrow=True, kind="faint", dashed=True)
+    d.text(406, 70, "next chunk", size=13)
+    return d
+
+
+def states() -> Drawing:
+    """Which states of a stack are kept by forward, and how backward comes by the others."""
+    d = Drawing(860, 300)
+    left, step, y = 60, 82, 92
+    d.text(14, 34, "forward", bold=True, anchor="start")
+    d.text(14, 200, "backward", bold=True, anchor="start")
+    for n in range(10):
+        x = left + step * n
+        kept = n in (4, 9)
+        kind = "two" if kept else "faint"
+        d.box(x - 22, y - 22, 44, 44, kind, wash=kept, line=2 if kept else 1.2)
+        d.text(x, y + 5, f"x{SUB[n]} v{SUB[n]}", size=13, kind="ink" if kept else "faint")
+        if n:
+            d.line((x - step + 24, y), (x - 28, y), arrow=True)
+        if kept:
+            d.text(x, y - 34, "kept", size=14, kind="two", bold=True)
+    y = 235
+    for n in range(10):
+        x = left + step * n
+        kept = n in (4, 9)
+        kind = "two" if kept else "one"
+        d.box(x - 22, y - 22, 44, 44, kind, wash=kept, line=2 if kept else 1.2)
+        d.text(x, y + 5, f"x{SUB[n]} v{SUB[n]}", size=13, kind="ink" if kept else "one")
+        if n and n - 1 not in (4,):
+            d.line((x - 24, y), (x - step + 28, y), arrow=True, kind="one")
+        if kept:
+            d.line((x, 118), (x, 206), arrow=True, kind="two", dashed=True)
+    d.text(left + 2 * step, y + 46, "from the anchor back, rounding starts anew", size=13)
+    d.text(left + 7 * step, y + 46, "layer by layer, from the last state", size=13)
+    return d
+
+
+SUB = [chr(0x2080 + n) for n in range(10)]
+
+
+def errors() -> Drawing:
+    """Measured error of reconstructed states against the number of layers."""
+    rows = results("reversal")
+    d = Drawing(760, 400)
+    x0, y0, width, height = 80, 30, 520, 300
+    low, high = -9, 1
+
+    def place(layers: float, error: float) -> tuple[float, float]:
+        across = math.log(layers / 2) / math.log(1000 / 2)
+        up = (min(math.log10(error), high) - low) / (high - low)
+        return x0 + width * across, y0 + height * (1 - up)
+
+    for exponent in range(-8, 1, 2):
+        y = place(2, 10.0**exponent)[1]
+        d.line((x0, y), (x0 + width, y), kind="faint", width=0.6, opacity=0.5)
+        d.text(
+            x0 - 10, y + 5, "1" if exponent == 0 else f"10{POWERS[exponent]}", anchor="end", size=13
+        )
+    depths = sorted({row["depth"] for row in rows})
+    for depth in depths:
+        x = place(depth, 1)[0]
+        d.line((x, y0 + height), (x, y0 + height + 5), kind="faint", width=1)
+        d.text(x, y0 + height + 22, f"{depth}", size=13)
+    d.box(x0, y0, width, height, "faint", line=1, radius=0)
+    d.text(x0 + width / 2, y0 + height + 48, "layers", size=14)
+    for gamma, kind in ((0.5, "faint"), (0.9, "two"), (0.99, "one")):
+        for anchors in (False, True):
+            kept = "anchors" if anchors else "no anchors"
+            line = {
+                row["depth"]: row["x_error"]
+                for row in rows
+                if row["gamma"] == gamma and row["kind"] == kept
+            }
+            points = []
+            for depth in depths:
+                error = line[depth]
+                error = min(float(error), 10.0**high)  # the file writes infinity as "inf"
+                points.append(place(depth, error))
+                if error >= 10.0**high:
+                    break
+            d.line(*points, kind=kind, width=2.2, dashed=not anchors)
+        y = {0.5: 105, 0.9: 155, 0.99: 205}[gamma]
+        d.line((620, y - 5), (650, y - 5), kind=kind, width=2.2)
+        d.text(660, y, f"gamma {gamma}", anchor="start", size=14)
+    d.line((620, 260), (650, 260), width=2.2)
+    d.text(660, 265, "anchors", anchor="start", size=14)
+    d.line((620, 290), (650, 290), width=2.2, dashed=True)
+    d.text(660, 295, "no anchors", anchor="start", size=14)
+    d.text(
+        x0,
+        20,
+        "relative error of a reconstructed state, worst layer, float32",
+        anchor="start",
+        size=14,
+    )
+    return d
+
+
+POWERS = {-8: "⁻⁸", -6: "⁻⁶", -4: "⁻⁴", -2: "⁻²"}
+
+FIGURES = [capsule, agreement, network, memory, chunks, states, errors]
 
 if __name__ == "__main__":
     for figure in FIGURES:

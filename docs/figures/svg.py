@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 
 STYLE = """
-.figure { font: 15px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
+.figure { color-scheme: light dark; 
+  font: 15px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
 .figure .ink { fill: none; stroke: var(--figure-ink, light-dark(#222, #ddd)); }
 .figure .faint { fill: none; stroke: var(--figure-faint, light-dark(#888, #999)); }
 .figure .one { fill: none; stroke: var(--figure-one, light-dark(#00796b, #4db6ac)); }
@@ -133,6 +134,6 @@ class Drawing:
         body = "\n".join(self.parts)
         path.write_text(
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
-            f'width="{self.width}" class="figure" color-scheme="light dark">\n'
+            f'width="{self.width}" class="figure">\n'
             f"<style>{STYLE}</style>\n{body}\n</svg>\n"
         )

@@ -28,7 +28,8 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         if file is None or file.abs_src_path is None:
             raise FileNotFoundError(f"{page.file.src_uri}: no drawing {source}")
         svg = Path(file.abs_src_path).read_text()
-        return svg.replace("<svg ", f'<svg class="figure" role="img" aria-label="{alt}" ', 1)
+        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
+        return f'<span class="drawing">{svg}</span>'
 
     return DRAWING.sub(drawing, ARITHMATEX.sub(formula, content))
 

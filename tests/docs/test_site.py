@@ -106,7 +106,10 @@ def test_every_page_is_whole(site: tuple[str, list[str]], page: Page, watched: W
 def test_search_finds_a_parameter(site: tuple[str, list[str]], page: Page) -> None:
     address, _ = site
     page.goto(address, wait_until="load")
-    page.locator(".md-search__input").fill("anchor_every")
+    page.locator(".md-search__input").click()
+    ready = page.locator(".md-search-result__meta", has_text="Type to start searching")
+    ready.wait_for()  # the index is there
+    page.locator(".md-search__input").press_sequentially("anchor_every")
     result = page.locator(".md-search-result__link").first
     result.wait_for()
     result.click()
