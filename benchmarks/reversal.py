@@ -25,9 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
-from mocapsnet import MoCapsNet, MomentumStack
-from mocapsnet.layers import CapsuleLayer, squashed, unsquashed
-from mocapsnet.model import HIDDEN_SUM_LENGTH
+from mocapsnet import CapsuleLayer, MomentumStack
+from mocapsnet.depth import HIDDEN_LENGTH
 
 from .shared import report
 from .shared.measure import relative_error
@@ -47,20 +46,14 @@ KINDS: dict[str, Any] = {"stored": ":", "anchors": "-", "no anchors": "--"}
 def make_layers(gamma: float, depth: int) -> list[CapsuleLayer]:
     """The layers of a stack of this depth, drawn as `MoCapsNet` draws them."""
     torch.manual_seed(0)
-    model = MoCapsNet((1, 5, 5), 10, blocks=0, gamma=gamma, channels=8, kernel_size=2, decoder=())
-    hidden, c = squashed(HIDDEN_SUM_LENGTH), model.config
-    branch = model.branch_length(hidden, depth)
-    return [
-        model.capsule_layer(c.capsules, c.capsules, c.capsule_dim, length, unsquashed(branch))
-        for length in model.stack_lengths(hidden, branch, depth)[:-1]
-    ]
+    return list(MomentumStack.of_capsules(depth, 32, 8, gamma=gamma).layers)  # type: ignore[arg-type]
 
 
 def problem(batch: int) -> tuple[Tensor, Tensor]:
     """Capsules as long as those that the first capsule layer puts out, and a random gradient."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 32, 8, generator=generator)
-    x *= squashed(HIDDEN_SUM_LENGTH) / x.norm(dim=-1).square().mean().sqrt()
+    x *= HIDDEN_LENGTH / x.norm(dim=-1).square().mean().sqrt()
     return x, torch.randn(batch, 32, 8, generator=generator)
 
 

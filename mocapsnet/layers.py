@@ -53,8 +53,10 @@ class CapsuleLayer(nn.Module):
     With `init="length"` the transformation matrices are drawn from a normal distribution whose
     standard deviation makes the root mean square length of the weighted sums s, before squash,
     close to `sum_length` when the input capsules have root mean square length `in_length`; see
-    `weight_std`. With `init="paper"` the standard deviation is 0.01 whatever the shape; squash is
-    quadratic near zero, so stacked layers then start with vanishing capsules and do not train.
+    `weight_std`. Layers of a deep residual stack should start the more modestly the more they are,
+    as `MomentumStack.of_capsules` makes them. With `init="paper"` the standard deviation is 0.01
+    whatever the shape; squash is quadratic near zero, so stacked layers then start with vanishing
+    capsules and do not train.
 
     Args:
         in_capsules: N, in_dim: K, out_capsules: J, out_dim: D.

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .depth import HIDDEN_LENGTH, HIDDEN_SUM_LENGTH, capsule_layers, stream_lengths
 from .kernels import checks
-from .layers import CapsuleLayer, PrimaryCapsules, squashed, unsquashed
+from .layers import CapsuleLayer, PrimaryCapsules, squashed
 from .pretrained import Pretrained
 from .reversible import MomentumStack, ResidualStack
 
-HIDDEN_SUM_LENGTH = 0.5
 CLASS_SUM_LENGTH = 0.35
 
 
@@ -148,16 +148,16 @@ class CapsNet(Pretrained):
     (`balanced_std`), so a primary capsule of K components starts with length sqrt(K) before
     squash, where squash is flat: its length is K / (1 + K), whatever the images. From there the
     expected length of the capsules that reach a layer is followed in closed form through the stack
-    (`stack_lengths`), and `CapsuleLayer` draws its weights for that length. `init="paper"` leaves
+    (`stream_lengths`), and `CapsuleLayer` draws its weights for that length. `init="paper"` leaves
     the convolutions at PyTorch's default and draws all transformation matrices from N(0, 0.01^2).
 
-    Residual layers start the more modestly the more they are (`branch_length`): all outputs of the
-    stack, laid end to end, are at most as long as what enters it, so that even if training turns
-    all one way they only double it. Otherwise the stream's length, the class capsules', and what a
-    step of the optimiser changes all grow with the depth. Measured with 20 momentum blocks, 64
-    channels, one seed, as accuracy on 2,000 MNIST test images after 81 steps of 128 images: outputs
-    as long as those of other hidden layers 82.3 %, their root of the sum of squares kept 88.0 %,
-    their sum kept, as here, 91.5 %. With 256 channels the first did not learn at all.
+    Residual layers start the more modestly the more they are, see `mocapsnet.depth`: all outputs of
+    the stack, laid end to end, are at most as long as what enters it, so that even if training
+    turns all one way they only double it. Otherwise the stream's length, the class capsules', and
+    what a step of the optimiser changes all grow with the depth. Measured with 20 momentum blocks,
+    64 channels, one seed, as accuracy on 2,000 MNIST test images after 81 steps of 128 images:
+    outputs as long as those of other hidden layers 82.3 %, their root of the sum of squares kept
+    88.0 %, their sum kept, as here, 91.5 %. With 256 channels the first did not learn at all.
 
     Under autocast only the convolutions run in the lower precision. In a network of bfloat16 or
     float16 weights, `model.bfloat16()`, convolutions and decoder do; capsules and what adds up to
@@ -194,75 +194,39 @@ class CapsNet(Pretrained):
                 else:
                     nn.init.zeros_(w)
 
-        branch = self.branch_length(squashed(HIDDEN_SUM_LENGTH), 2 * c.blocks)
-        lengths = self.stack_lengths(squashed(HIDDEN_SUM_LENGTH), branch, 2 * c.blocks)
-        self.first = self.capsule_layer(
-            c.primary_capsules, c.capsules, c.capsule_dim, squashed(math.sqrt(c.capsule_dim))
-        )
-        self.stack = self.make_stack(
-            [
-                self.capsule_layer(
-                    c.capsules, c.capsules, c.capsule_dim, length, unsquashed(branch)
-                )
-                for length in lengths[:-1]
-            ]
-        )
-        self.last = self.capsule_layer(
-            c.capsules, c.classes, c.class_dim, lengths[-1], CLASS_SUM_LENGTH
-        )
-        self.decoder = Decoder(c.classes * c.class_dim, c.decoder, c.image_shape)
-
-    def capsule_layer(
-        self,
-        in_capsules: int,
-        out_capsules: int,
-        out_dim: int,
-        in_length: float,
-        sum_length: float = HIDDEN_SUM_LENGTH,
-    ) -> CapsuleLayer:
-        c = self.config
-        return CapsuleLayer(
-            in_capsules,
-            c.capsule_dim,
-            out_capsules,
-            out_dim,
+        options = dict(
             iterations=c.iterations,
             method=c.method,
             routing_grad=c.routing_grad,
             sda_mean=c.sda_mean,
             init=c.init,
-            in_length=in_length,
-            sum_length=sum_length,
             backend=c.routing_backend,
         )
+        self.first = CapsuleLayer(
+            c.primary_capsules,
+            c.capsule_dim,
+            c.capsules,
+            c.capsule_dim,
+            in_length=squashed(math.sqrt(c.capsule_dim)),
+            sum_length=HIDDEN_SUM_LENGTH,
+            **options,  # type: ignore[arg-type]
+        )
+        self.stack = self.make_stack(2 * c.blocks, c.capsules, c.capsule_dim, options)
+        weights = getattr(self.stack, "stream_weights", nothing_adds_up)
+        self.last = CapsuleLayer(
+            c.capsules,
+            c.capsule_dim,
+            c.classes,
+            c.class_dim,
+            in_length=stream_lengths(weights, 2 * c.blocks, HIDDEN_LENGTH)[-1],
+            sum_length=CLASS_SUM_LENGTH,
+            **options,  # type: ignore[arg-type]
+        )
+        self.decoder = Decoder(c.classes * c.class_dim, c.decoder, c.image_shape)
 
-    def make_stack(self, layers: list[CapsuleLayer]) -> nn.Module:
-        return nn.Sequential(*layers)
-
-    def stream_weights(self, n: int) -> list[float]:
-        """Weights of the outputs of the stack's first n layers in what enters the next.
-
-        A plain stack adds nothing up: an empty list.
-        """
-        return []
-
-    def branch_length(self, hidden: float, layers: int) -> float:
-        """Length of every output of the stack: all of them laid end to end make `hidden` at most.
-
-        `hidden` is the length of other hidden layers' outputs, and the longest of these.
-        """
-        return hidden / max(1.0, sum(self.stream_weights(layers)))
-
-    def stack_lengths(self, hidden: float, branch: float, layers: int) -> list[float]:
-        """Root mean square length of the capsules that enter each layer of the stack, and leave it.
-
-        `hidden` is the length of what enters the stack, `branch` that of its layers' outputs; the
-        sum of independent outputs has the sum of their squares.
-        """
-        return [
-            math.sqrt(hidden**2 + sum((w * branch) ** 2 for w in self.stream_weights(n)))
-            for n in range(layers + 1)
-        ]
+    def make_stack(self, layers: int, capsules: int, dim: int, layer: dict[str, Any]) -> nn.Module:
+        """The hidden capsule layers behind the first, with these options of `CapsuleLayer`."""
+        return nn.Sequential(*capsule_layers(nothing_adds_up, layers, capsules, dim, **layer))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
         if images.shape[1:] != self.config.image_shape:
@@ -295,11 +259,8 @@ class ResCapsNet(CapsNet):
     Source: Gugglberger et al. 2021. Arguments as for `CapsNet`.
     """
 
-    def make_stack(self, layers: list[CapsuleLayer]) -> nn.Module:
-        return ResidualStack(layers)
-
-    def stream_weights(self, n: int) -> list[float]:
-        return [1.0] * n
+    def make_stack(self, layers: int, capsules: int, dim: int, layer: dict[str, Any]) -> nn.Module:
+        return ResidualStack.of_capsules(layers, capsules, dim, layer=layer)
 
 
 class MoCapsNet(CapsNet):
@@ -308,24 +269,18 @@ class MoCapsNet(CapsNet):
     Source: Momentum Capsule Networks, section 3. Arguments as for `CapsNet`.
     """
 
-    def make_stack(self, layers: list[CapsuleLayer]) -> nn.Module:
+    def make_stack(self, layers: int, capsules: int, dim: int, layer: dict[str, Any]) -> nn.Module:
         c = self.config
-        return MomentumStack(
+        return MomentumStack.of_capsules(
             layers,
+            capsules,
+            dim,
+            layer=layer,
             gamma=c.gamma,
             velocity=c.velocity,
             memory=c.memory,
             anchor_every=c.anchor_every,
         )
-
-    def stream_weights(self, n: int) -> list[float]:
-        """A layer's output reaches x with weight 1 - gamma^k, k steps later.
-
-        With velocity "block" the weight stops growing at the end of its block of two layers.
-        """
-        gamma, block = self.config.gamma, self.config.velocity == "block"
-        ends = [min(n, m - m % 2 + 2) if block else n for m in range(n)]
-        return [1 - gamma ** (end - m) for m, end in enumerate(ends)]
 
 
 MODELS = {"capsnet": CapsNet, "rescapsnet": ResCapsNet, "mocapsnet": MoCapsNet}
@@ -336,6 +291,11 @@ def build_model(name: str, config: CapsNetConfig) -> CapsNet:
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
     return MODELS[name](**vars(config))
+
+
+def nothing_adds_up(n: int) -> list[float]:
+    """Stream weights of a plain stack: a layer is given the output of the one before alone."""
+    return []
 
 
 def balanced_std(fan_in_1: int, fan_in_2: int) -> float:

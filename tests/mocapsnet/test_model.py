@@ -17,6 +17,7 @@ from mocapsnet import (
     ResidualStack,
     build_model,
 )
+from mocapsnet.depth import branch_length
 
 SMALL = dict(channels=16, capsules=6, capsule_dim=4, class_dim=5, kernel_size=3, decoder=(12, 20))
 MODELS = [CapsNet, ResCapsNet, MoCapsNet]
@@ -186,7 +187,7 @@ def test_a_deep_stack_starts_by_keeping_its_input(network, options, blocks):
     with torch.no_grad():
         model(torch.randn(16, 1, 28, 28))
     entering, leaving = rms_length(ends["x"]), rms_length(ends["y"])
-    weights = model.stream_weights(2 * blocks)
+    weights = model.stack.stream_weights(2 * blocks)
     total = sum(w * out for w, out in zip(weights, outputs, strict=True))
     torch.testing.assert_close(ends["x"] + total, ends["y"])
     # couplings that are not quite equal lengthen sums: a factor of two is allowed, as above
@@ -194,7 +195,7 @@ def test_a_deep_stack_starts_by_keeping_its_input(network, options, blocks):
     assert 0.2 * entering < end_to_end < 2 * entering
     assert entering < leaving < 2 * entering
     if network is MoCapsNet and blocks == 1:  # no need to be modest: outputs are of full length
-        assert model.branch_length(0.2, 2) == 0.2
+        assert branch_length(model.stack.stream_weights, 2, 0.2) == 0.2
 
 
 def test_paper_initialisation():
