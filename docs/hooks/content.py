@@ -16,6 +16,8 @@ ARITHMATEX = re.compile(
 )
 DRAWING = re.compile(r'<img alt="([^"]*)" src="([^":]*\.svg)" ?/?>')
 
+PICTURE = re.compile(r'(<img alt="[^"]*" src="([^":]*\.png)" ?/?>)')
+
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     def drawing(match: re.Match[str]) -> str:
@@ -31,7 +33,9 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         svg = svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
         return f'<span class="drawing">{svg}</span>'
 
-    return DRAWING.sub(drawing, ARITHMATEX.sub(formula, content))
+    content = DRAWING.sub(drawing, ARITHMATEX.sub(formula, content))
+    # On a narrow screen a picture is small: it opens by itself.
+    return PICTURE.sub(r'<a class="picture" href="\2">\1</a>', content)
 
 
 def formula(match: re.Match[str]) -> str:

@@ -63,8 +63,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if page.file.abs_src_path is None:  # made by a hook
+        return markdown
     here = page.file.src_uri
-    folder = Path(page.file.abs_src_path or "").parent.relative_to(ROOT).as_posix()
+    folder = Path(page.file.abs_src_path).parent.relative_to(ROOT).as_posix()
 
     def link(match: re.Match[str]) -> str:
         before, target, after = match.groups()
