@@ -38,6 +38,16 @@ class Evaluation:
     def accuracy(self) -> float:
         return self.correct / self.images
 
+    def most_confused(self, count: int) -> list[tuple[int, int, int]]:
+        """True class, predicted class and number of images of the most frequent mistakes."""
+        mistakes = self.confusion.clone().fill_diagonal_(0)
+        numbers, where = mistakes.flatten().sort(descending=True, stable=True)
+        return [
+            (place // len(mistakes), place % len(mistakes), number)
+            for number, place in zip(numbers[:count].tolist(), where.tolist(), strict=False)
+            if number
+        ]
+
     def row(self) -> Row:
         """For metrics.jsonl."""
         return {

@@ -20,7 +20,8 @@ def write_pictures(
 ) -> list[Path]:
     """Write reconstructions, confusion matrix and (given rows) learning curves into the run."""
     figures = {"reconstructions": reconstructions(model, test_set)}
-    figures["confusion_matrix"] = confusion_matrix(tested)
+    names = [test_set.name(label) for label in range(len(tested.confusion))]
+    figures["confusion_matrix"] = confusion_matrix(tested, names)
     if rows:
         figures["learning_curves"] = learning_curves(rows)
     paths = []
@@ -67,43 +68,49 @@ def reconstructions(
     pixels = data.to_pixels(shown.images)
     model.eval()
     out = model(data.normalise(pixels))
-    predicted = out.lengths.argmax(1).tolist()
+    labels, predicted = shown.labels.tolist(), out.lengths.argmax(1).tolist()
     gap = pixels.new_ones(*pixels.shape[:3], 1)
     pairs = torch.cat([pixels, gap, out.reconstruction], dim=3).cpu()  # [B, C, H, 2 W + 1]
     _, C, H, width = pairs.shape
+    names = [(test_set.name(a), test_set.name(b)) for a, b in zip(labels, predicted, strict=True)]
+    # Above a pair is room for about 26 letters.
+    two_lines = any(name != guess and len(name + guess) > 14 for name, guess in names)
+    text = "{},\npredicted {}" if two_lines else "{}, predicted {}"
     # One white picture with the pairs pasted in: much faster than axes of their own for each.
-    top, between = max(2, H // 3), max(2, H // 4)
+    top, between = max(2, H // (2 if two_lines else 3)), max(2, H // 4)
     rows = -(-len(pairs) // columns)
     sheet = torch.ones(rows * (H + top), columns * (width + between) - between, C)
     figure = Figure(figsize=(1.45 * columns, 1.0 * rows + 0.5), layout="constrained")
     axes = figure.subplots()
     axes.axis("off")
-    for i, (pair, label, guess) in enumerate(
-        zip(pairs, shown.labels.tolist(), predicted, strict=True)
-    ):
+    for i, (pair, (name, guess)) in enumerate(zip(pairs, names, strict=True)):
         y, x = i // columns * (H + top) + top, i % columns * (width + between)
         sheet[y : y + H, x : x + width] = pair.permute(1, 2, 0)
-        wrong = guess != label
         axes.text(
             x + width / 2 - 0.5,
             y - 1,
-            f"{label}, predicted {guess}" if wrong else f"{label}",
+            name if name == guess else text.format(name, guess),
             ha="center",
             va="bottom",
-            size=8,
-            color="tab:red" if wrong else "black",
+            size=7,
+            linespacing=1.0,
+            parse_math=False,
+            color="black" if name == guess else "tab:red",
         )
     axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title("Test images, each beside its reconstruction, under their class", size=10)
     return figure
 
 
-def confusion_matrix(tested: Evaluation) -> Figure:
+def confusion_matrix(tested: Evaluation, names: list[str]) -> Figure:
     """Share of each true class (row) by predicted class (column); counts where they fit."""
     counts = tested.confusion.double()
     classes = len(counts)
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    few = classes <= 20
+    # Many classes need room for their names.
+    side = 6.2 if few else min(6.2 + 0.08 * classes, 24)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     # A power scale, as the mistakes are few beside the diagonal.
     image = axes.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
@@ -115,9 +122,21 @@ def confusion_matrix(tested: Evaluation) -> Figure:
         ylabel="true class",
         title=f"Test accuracy {tested.accuracy:.2%} ({tested.correct:,} of {tested.images:,})",
     )
-    if classes <= 20:
-        axes.set_xticks(range(classes))
-        axes.set_yticks(range(classes))
+    size = 9 if few else 6
+    upright = max(map(len, names)) <= 2
+    shown = range(classes if classes <= 250 else 0)  # more names cannot be read
+    names = names[: len(shown)]
+    axes.set_xticks(
+        shown,
+        names,
+        size=size,
+        parse_math=False,
+        rotation=0 if upright else 45 if few else 90,
+        ha="center" if upright or not few else "right",
+        rotation_mode="anchor" if few else "default",
+    )
+    axes.set_yticks(shown, names, size=size, parse_math=False)
+    if few:
         for i in range(classes):
             for j in range(classes):
                 if counts[i, j]:

@@ -42,6 +42,12 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
             f"({tested.correct:,} of {tested.images:,}), loss {tested.loss:.4f} "
             f"(margin {tested.margin:.4f}, reconstruction {tested.reconstruction:.2f})"
         )
+        mistakes = [
+            f"{test_set.name(true)} taken for {test_set.name(guess)} ({count:,})"
+            for true, guess, count in tested.most_confused(3)
+        ]
+        if mistakes:
+            print(f"most frequent mistakes: {', '.join(mistakes)}")
         if pictures:
             from mocapsnet.train.plots import write_pictures
 

@@ -320,3 +320,9 @@ def test_train_resume_evaluate_visualize(command: Command, tmp_path: Path) -> No
         code, output, errors = command(name, "run", "--device", "cpu")
         assert code == 0, errors
         assert f"test accuracy {rows[-1]['test_accuracy']:.2%}" in output
+    (Path("images/test/ant")).rename("images/test/swapped")
+    (Path("images/test/bee")).rename("images/test/ant")
+    (Path("images/test/swapped")).rename("images/test/bee")
+    code, output, errors = command("evaluate", "run", "--device", "cpu")
+    assert code == 0, errors
+    assert "ant taken for bee (" in output and "bee taken for ant (" in output
