@@ -1,14 +1,92 @@
-"""What a training run prints; only the main process calls these."""
+"""What a command prints while it works; only the main process calls these functions."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
+from tqdm import tqdm
 
 from mocapsnet.train.metrics import Row
 from mocapsnet.train.options import TrainOptions
+
+# Seconds between two lines where the output is no terminal, and a bar would fill a log.
+LINE_EVERY = 30.0
+
+
+COMPILING = (
+    "\nthe first step compiles the GPU kernels, unless they are in Triton's cache from before"
+)
+
+
+class Clock:
+    """Tells how long a run will still take, from how long its epochs took, tests included."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._images = 0
+
+    def start(self) -> None:
+        """Begin, if it has not begun."""
+        if self._started is None:
+            self._started = time.monotonic()
+
+    def add(self, images: int) -> None:
+        """So many more images are trained with."""
+        self._images += images
+
+    def left(self, images: int) -> str:
+        """The time that so many images will take, as 1:02:03; "?" before the first ones."""
+        if self._started is None or not self._images:
+            return "?"
+        seconds = (time.monotonic() - self._started) / self._images * images
+        return str(tqdm.format_interval(seconds))
+
+
+class Progress:
+    """A pass over images: a bar on a terminal, else a line every half minute.
+
+    Args:
+        text: what is done, "epoch 2/30".
+        total: the images to come.
+        shown: False for all but one process.
+    """
+
+    def __init__(self, text: str, total: int, shown: bool) -> None:
+        # disable=None: no bar where the output is not a terminal.
+        self._bar = tqdm(
+            total=total,
+            desc=text,
+            unit=" images",
+            leave=False,
+            disable=None if shown else True,
+        )
+        self._text, self._total, self._done = text, total, 0
+        self._lines = shown and self._bar.disable
+        self._started = self._printed = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, images: int, facts: str = "") -> None:
+        """So many more images are done; `facts` stand behind the numbers."""
+        self._done += images
+        self._bar.set_postfix_str(facts, refresh=False)
+        self._bar.update(images)
+        now = time.monotonic()
+        if self._lines and now - self._printed >= LINE_EVERY:
+            self._printed = now
+            print(
+                f"{self._text}: {self._done:,} of {self._total:,} images, "
+                f"{self._done / (now - self._started):,.0f} images/s"
+                + (f", {facts}" if facts else ""),
+                flush=True,
+            )
 
 
 def describe(
@@ -20,24 +98,26 @@ def describe(
     run: Path,
     epochs_done: int,
 ) -> None:
-    """Print what is trained, on what, and where it goes."""
+    """Print what is trained, on what, where it goes, and what the first step waits for."""
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{options.model.name}, {options.model.blocks} block(s), {parameters:,} parameters; "
         f"{options.data.dataset}, {train_images:,} training and {test_images:,} test images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}\n"
-        + (f"continuing {run} after epoch {epochs_done}" if epochs_done else f"writing to {run}"),
+        + (f"continuing {run} after epoch {epochs_done}" if epochs_done else f"writing to {run}")
+        + (COMPILING if accelerator.device.type == "cuda" else ""),
         flush=True,
     )
 
 
-def summary(row: Row, epochs: int) -> str:
-    """One line about one epoch."""
+def summary(row: Row, epochs: int, left: str) -> str:
+    """One line about one epoch; `left` is how long the others will take."""
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
         f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:7.2%}  "
         f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:7.2%}  "
         f"{row['train_images_per_second']:,.0f} images/s"
+        + (f"  {left} left" if row["epoch"] < epochs else "")
     )
 
 

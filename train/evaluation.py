@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from mocapsnet import CapsuleLoss
-from mocapsnet.train import data
+from mocapsnet import CapsNet, CapsuleLoss
+from mocapsnet.train import console, data
 from mocapsnet.train.metrics import Row
 
 
@@ -61,7 +61,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
-    model: nn.Module,
+    model: CapsNet,
     criterion: CapsuleLoss,
     images: data.ImageSet,
     batch_size: int,
@@ -76,23 +76,25 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    parts, pairs = [], []
-    for batch in torch.arange(len(images), device=accelerator.device).split(batch_size):
-        share = batch.tensor_split(accelerator.num_processes)[accelerator.process_index]
-        if not len(share):
-            continue
-        labels = images.labels[share]
-        pixels = data.to_pixels(images.images[share])
-        out = model(data.normalise(pixels))
-        loss = criterion(out, pixels, labels)
-        parts.append(torch.stack([loss.total, loss.margin, loss.reconstruction]).float())
-        classes = out.lengths.shape[1]
-        pairs.append(labels * classes + out.lengths.argmax(1))
+    device, classes = accelerator.device, model.config.classes
+    # A process may get no image at all. Nothing is read from the device before the end.
+    parts = [torch.zeros(3, device=device)]
+    pairs = [torch.zeros(0, dtype=torch.int64, device=device)]
+    with console.Progress("testing", len(images), accelerator.is_main_process) as progress:
+        for batch in torch.arange(len(images), device=device).split(batch_size):
+            share = batch.tensor_split(accelerator.num_processes)[accelerator.process_index]
+            if len(share):
+                labels = images.labels[share]
+                pixels = data.to_pixels(images.images[share])
+                out = model(data.normalise(pixels))
+                loss = criterion(out, pixels, labels)
+                parts.append(torch.stack([loss.total, loss.margin, loss.reconstruction]).float())
+                pairs.append(labels * classes + out.lengths.argmax(1))
+            progress.update(len(batch))
     model.train(was_training)
 
-    classes = out.lengths.shape[1]
     counts = torch.bincount(torch.cat(pairs), minlength=classes * classes)
-    sums = torch.stack(parts).cpu().double().sum(0).to(accelerator.device)
+    sums = torch.stack(parts).cpu().double().sum(0).to(device)
     counts, sums = accelerator.reduce((counts, sums), "sum")
     total, margin, reconstruction = (sums.cpu() / len(images)).tolist()
     return Evaluation(total, margin, reconstruction, counts.view(classes, classes).cpu())

@@ -81,7 +81,8 @@ def train(options: TrainOptions) -> Path:
                 _check_finite(bare_model, tested, row, checkpoint)
                 if log is not None:
                     log.append(row)
-                    print(console.summary(row, epochs), flush=True)
+                    left = trainer.clock.left(len(train_set) * (epochs - epoch - 1))
+                    print(console.summary(row, epochs, left), flush=True)
                     checkpoints.save(state, run, epoch + 1)
                     model_folder.write(run, bare_model, options, tested.accuracy, epoch + 1)
                 checkpoint = checkpoints.folder(run, epoch + 1)

@@ -49,7 +49,7 @@ def learning_curves(rows: list[Row]) -> Figure:
             axes.plot(epochs, values, color=colour, marker=marker, ms=3, label=split)
         axes.set(xlabel="epoch", title=title)
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)  # a single epoch has a width too
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         if name == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -64,6 +64,9 @@ def load_data(
 ) -> tuple[data.ImageSet, data.ImageSet]:
     """Training and test images on the device. One process fetches or decodes for all."""
     main = accelerator.is_main_process
+    if main:
+        source = "" if options.dataset == "digits" else f" below {options.data_dir}"
+        print(f"reading {options.dataset}{source}", flush=True)
     shared_work = options.download or options.dataset == "folder"
     if shared_work and not main:
         accelerator.wait_for_everyone()

@@ -9,16 +9,15 @@ same result, but for rounding, however its batches are split.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mocapsnet import CapsuleLoss
-from mocapsnet.train import data
+from mocapsnet.train import console, data
 from mocapsnet.train.errors import Diverged
 from mocapsnet.train.metrics import Row
 from mocapsnet.train.optimizers import current_lr
@@ -38,6 +37,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     train_set: data.ImageSet
     options: TrainOptions
+    clock: console.Clock = field(default_factory=console.Clock)
 
     def epoch(self, epoch: int, last_good: str) -> Row:
         """One pass over the training images.
@@ -67,29 +67,28 @@ class Trainer:
         lr, seen = current_lr(self.optimizer), 0
         started = time.perf_counter()
         self.model.train()
-        # disable=None: no bar where the output is not a terminal.
-        bar = tqdm(
-            total=count,
-            desc=f"epoch {epoch + 1}/{self.options.optim.epochs}",
-            unit=" images",
-            leave=False,
-            disable=None if accelerator.is_main_process else True,
+        still = count * (self.options.optim.epochs - epoch)
+        self.clock.start()
+        progress = console.Progress(
+            f"epoch {epoch + 1}/{self.options.optim.epochs}", count, accelerator.is_main_process
         )
-        with bar:
+        facts = ""
+        with progress:
             for step, (indices, crops) in enumerate(batches):
                 sums[step] = self._step(indices, crops)
+                self.clock.add(len(indices))
+                still -= len(indices)
                 if (step + 1) % every == 0 or step + 1 == len(batches):
                     done = accelerator.reduce(sums[seen : step + 1], "sum").cpu().double()
                     self._stop_if_not_finite(done, epoch * len(batches) + seen, epoch, last_good)
                     totals += done.sum(0)
                     seen = step + 1
                     images = min(seen * batch_size, count)
-                    bar.set_postfix(
-                        loss=f"{totals[0] / images:.4f}",
-                        accuracy=f"{totals[3] / images:.2%}",
-                        refresh=False,
+                    facts = (
+                        f"loss {totals[0] / images:.4f}, accuracy {totals[3] / images:.2%}, "
+                        f"whole run {self.clock.left(still)} left"
                     )
-                bar.update(len(indices))
+                progress.update(len(indices), facts)
         seconds = time.perf_counter() - started
         means = (totals / count).tolist()
         return {
