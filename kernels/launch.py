@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .library import plain_only
 
 
 @cache
@@ -29,10 +30,20 @@ def interpreting() -> bool:
 def implementation(x: Tensor, backend: str | None, eager: str) -> str:
     """The implementation that a call with tensor `x` and argument `backend` uses.
 
-    None means "triton" on a CUDA device if Triton is installed, and `eager` otherwise.
+    None means "triton" on a CUDA device if Triton is installed, and `eager` otherwise; but
+    "reference" where nothing else can go, see `plain_only`.
     """
     choices = dict.fromkeys([None, "reference", eager, "triton"])
     checks.choice("backend", backend, list(choices))
+    if backend != "reference":
+        taker = plain_only()
+        if taker and backend is not None:
+            raise ValueError(
+                f'{taker} takes PyTorch\'s own operations only: use backend="reference" or None; '
+                f'got "{backend}"'
+            )
+        if taker:
+            return "reference"
     if backend is None:
         return "triton" if x.device.type == "cuda" and triton_installed() else eager
     if backend == "triton":
@@ -103,6 +114,14 @@ def recording() -> Iterator[list[Launch]]:
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Makes the GPU of `x` current, where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast inside; meta tensors have none, and where it is off this costs less than it."""
+    kind = x.device.type
+    if x.is_meta or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(kind)):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def padded(size: int) -> int:

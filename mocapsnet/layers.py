@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .kernels import checks, primary_capsules, routing, squash
 from .kernels.checks import capsules_and_weight, routing_options
+from .kernels.launch import full_precision
 from .kernels.routing.reference import rounds
 
 
@@ -139,7 +140,7 @@ class CapsuleLayer(nn.Module):
         dtype = torch.promote_types(u.dtype, self.weight.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         modes = (self.iterations, self.method, self.routing_grad, bias, self.sda_mean)
-        with torch.autocast(u.device.type, enabled=False):
+        with full_precision(u):
             steps = rounds(u.to(dtype), self.weight.to(dtype), *modes)
             return torch.stack([c for c, _ in steps])
 

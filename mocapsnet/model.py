@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from .depth import HIDDEN_LENGTH, HIDDEN_SUM_LENGTH, capsule_layers, stream_lengths
 from .kernels import checks
+from .kernels.launch import full_precision
 from .layers import CapsuleLayer, PrimaryCapsules, squashed
 from .pretrained import Pretrained
 from .reversible import MomentumStack, ResidualStack
@@ -107,6 +109,9 @@ class CapsNetOutput(NamedTuple):
     lengths: Tensor
     capsules: Tensor
     reconstruction: Tensor
+
+
+_register_namedtuple(CapsNetOutput, serialized_type_name="mocapsnet.CapsNetOutput")
 
 
 class Decoder(nn.Module):
@@ -238,8 +243,7 @@ class CapsNet(Pretrained):
         if images.is_floating_point():
             images = images.to(weight.dtype)
         features = self.convolutions(images)
-        kind = "cpu" if images.is_meta else images.device.type  # the meta device has no autocast
-        with torch.autocast(kind, enabled=False):
+        with full_precision(images):
             dtype = torch.promote_types(features.dtype, self.last.weight.dtype)
             features = features.to(torch.promote_types(dtype, torch.float32))
             capsules = self.last(self.stack(self.first(self.primary(features))))

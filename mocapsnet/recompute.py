@@ -145,7 +145,7 @@ def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
             random_numbers(x.device, ctx.random.get(n)),
             torch.enable_grad(),
         ):
-            f = branch(n, layer, x, args, kwargs)
+            f = branch(n, layer, x.view_as(x), args, kwargs)  # flop_counter's hooks take no leaf
         grad_v = grad_v + grad_x
         if f.requires_grad:
             inputs = [t for t in (*layer.parameters(), *tensors) if t.requires_grad]

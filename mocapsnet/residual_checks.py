@@ -11,7 +11,7 @@ from torch.nn.modules import module
 
 from .layers import CapsuleLayer
 
-CALLS = (CapsuleLayer.forward, CapsuleLayer.__call__, CapsuleLayer._call_impl)
+CALLS = (CapsuleLayer.forward, CapsuleLayer._call_impl, CapsuleLayer.__call__)
 
 Versions = list[tuple[Tensor, int]]
 
@@ -73,14 +73,26 @@ def known(layer: nn.Module) -> bool:
 
 
 def patched() -> bool:
-    """Whether a call of any `CapsuleLayer` does something else: a global hook, a patched class."""
-    calls = (CapsuleLayer.forward, CapsuleLayer.__call__, CapsuleLayer._call_impl)
-    return bool(
-        module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
-    ) or any(call is not own for call, own in zip(calls, CALLS, strict=True))
+    """Whether a call of any `CapsuleLayer` does something else: a global hook, a patched class.
+
+    Hooks that follow which module runs, for `torch.utils.flop_counter`, change nothing, and neither
+    does what `torch.export` puts in the place of every module's `__call__`.
+    """
+    hooks = (
+        module._global_forward_hooks,
+        module._global_forward_pre_hooks,
+        module._global_backward_hooks,
+        module._global_backward_pre_hooks,
+    )
+    if any(hooks) and not all(follows(hook) for some in hooks for hook in some.values()):
+        return True
+    calls = (CapsuleLayer.forward, CapsuleLayer._call_impl, CapsuleLayer.__call__)
+    judged = 2 if torch.compiler.is_exporting() else 3
+    return any(call is not own for call, own in list(zip(calls, CALLS, strict=True))[:judged])
+
+
+def follows(hook: Any) -> bool:
+    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
 
 
 def versions(tensors: Iterable[Tensor]) -> Versions:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import device_of, implementation
+from ..launch import device_of, full_precision, implementation
 from ..library import Operation
-from . import chunked
+from ..routing.op import backward_flops, forward_flops
+from . import chunked, reference
 from .schedule import schedule
 
 
@@ -46,7 +47,8 @@ def momentum_routing(
         block_layers: v is set to zero before every so many layers, and (x, v) stored; 0 for never.
         iterations, method, routing_grad: see `routing`.
         biases: of every layer, [J, D] each, or none.
-        backend: None chooses by device: "triton" for GPUs, "chunked" for CPUs; see `routing`.
+        backend: None chooses by device: "triton" for GPUs, "chunked" for CPUs; "reference" keeps
+            all activations and votes; see `routing`.
     Returns: x after the last layer [B, J, D].
     Raises: ValueError if a shape, dtype, device or option does not fit; the message says which.
     Source: Algorithms 1 and 2 of the Momentum Capsule Networks paper.
@@ -80,10 +82,11 @@ def momentum_routing(
             f"0; got {gamma}, {anchor_every} and {block_layers}"
         )
     backend = implementation(x, backend, eager="chunked")
-    if backend == "reference":
-        raise ValueError('backend must be "triton", "chunked" or None; got "reference"')
-    anchors = (gamma, anchor_every, block_layers)
     modes = (iterations, method, routing_grad)
+    if backend == "reference":
+        with full_precision(x):
+            return reference.momentum_routing(x, v, weights, biases, gamma, block_layers, *modes)
+    anchors = (gamma, anchor_every, block_layers)
     return momentum_forward(x, v, list(weights), list(biases), *anchors, *modes, backend)[0]
 
 
@@ -107,7 +110,7 @@ def _forward(
 
         with device_of(x):
             return triton.forward(x, v, weights, biases, plan, iterations, method)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return chunked.forward(x, v, weights, biases, plan, iterations, method)
 
 
@@ -151,7 +154,7 @@ def _backward(
 
         with device_of(dx):
             return triton.backward(dx, anchors, weights, biases, plan, *modes)
-    with torch.autocast(dx.device.type, enabled=False):
+    with full_precision(dx):
         return chunked.backward(dx, anchors, weights, biases, plan, *modes)
 
 
@@ -178,7 +181,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, _, weights, biases, *ctx.options = inputs
     ctx.layers = len(weights)
     ctx.bias_dtypes = [b.dtype for b in biases]
-    ctx.mark_non_differentiable(output[1])
+    # The anchors stay differentiable, though nobody does it: by them a second derivative with
+    # respect to x or v, which backward does not read, meets the refusal instead of finding nothing.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *weights, *biases)
 
@@ -195,7 +199,31 @@ def _gradients(ctx: Any, dx: Tensor | None, _: None) -> tuple[Any, ...]:
     return dx, dv, list(dW.unbind()), dbiases, *rest
 
 
-momentum_forward = Operation("momentum_forward", _forward, _forward_fake)
-momentum_backward = Operation("momentum_backward", _backward, _backward_fake)
+def _layout(args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Where x and the anchors have the batch."""
+    return 0, 2 if args[-1] == "triton" else 4
+
+
+def _forward_flops(x: Tensor, v: Tensor, weights: list[Tensor], biases: Any, *options: Any) -> int:
+    return len(weights) * forward_flops(x, weights[0], options[3])
+
+
+def _backward_flops(
+    dx: Tensor, anchors: Tensor, weights: list[Tensor], biases: Any, *options: Any
+) -> int:
+    """Layers are run again."""
+    layer = forward_flops(dx, weights[0], options[3])
+    return len(weights) * (layer + backward_flops(dx, weights[0], options[3], options[5]))
+
+
+momentum_forward = Operation(
+    "momentum_forward",
+    _forward,
+    _forward_fake,
+    batched=2,
+    layout=_layout,
+    flops=_forward_flops,
+)
+momentum_backward = Operation("momentum_backward", _backward, _backward_fake, flops=_backward_flops)
 momentum_forward.differentiate(_gradients, _setup_context)
 momentum_backward.refuse_derivative()

@@ -73,7 +73,7 @@ def _gradients(ctx: Any, dv: Tensor) -> tuple[Tensor, None]:
     return primary_backward(*ctx.saved_tensors, dv, ctx.dim), None
 
 
-primary_forward = Operation("primary_capsules", _forward, _forward_fake)
+primary_forward = Operation("primary_capsules", _forward, _forward_fake, batched=1)
 primary_backward = Operation("primary_capsules_backward", _backward, _backward_fake)
 primary_forward.differentiate(_gradients, _setup_context)
 primary_backward.refuse_derivative()

@@ -11,6 +11,7 @@ from .. import checks
 from ..launch import (
     accumulation_dtype,
     device_of,
+    full_precision,
     implementation,
     recording,
     triton_installed,
@@ -56,7 +57,8 @@ def routing(
             on the reference implementation only.
         backend: None chooses by device; "reference" is eager PyTorch with all votes in memory;
             "chunked" is PyTorch with a few input capsules' votes in memory at a time, the choice
-            for CPUs; "triton" is fused kernels, the choice for GPUs.
+            for CPUs; "triton" is fused kernels, the choice for GPUs. Forward-mode differentiation,
+            torch.jit.trace and ONNX export take "reference" alone, and then None chooses it.
     Returns: output capsules [B, J, D], length of each in [0, 1).
     Raises: ValueError if a shape, dtype, device or option does not fit; the message says which.
     Source: Sabour et al. 2017, procedure 1 (rba); Peer et al. 2018, "gamma-capsules" (sda); see
@@ -178,7 +180,7 @@ def _reference(
     sda_mean: str,
 ) -> Tensor:
     dtype = torch.promote_types(u.dtype, W.dtype)
-    with torch.autocast(u.device.type, enabled=False):
+    with full_precision(u):
         return reference.routing(
             u.to(dtype),
             W.to(dtype),
@@ -206,7 +208,7 @@ def _forward(
 
         with device_of(u):
             return triton.forward(u, W, bias, iterations, method, keep)
-    with torch.autocast(u.device.type, enabled=False):
+    with full_precision(u):
         return chunked.forward(u, W, bias, iterations, method, keep)
 
 
@@ -252,7 +254,7 @@ def _backward(
 
         with device_of(u):
             return triton.backward(grad_v, u, W, sums, kept, method, routing_grad, with_bias)
-    with torch.autocast(u.device.type, enabled=False):
+    with full_precision(u):
         return chunked.backward(grad_v, u, W, sums, kept, method, routing_grad, with_bias)
 
 
@@ -290,7 +292,36 @@ def _gradients(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None
     return du, dW, dbias.to(ctx.bias_dtype) if with_bias else None, None, None, None, None, None
 
 
-routing_forward = Operation("routing_forward", _forward, _forward_fake)
-routing_backward = Operation("routing_backward", _backward, _backward_fake)
+def _layout(args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[int | None, ...]:
+    """Where v, sums and kept couplings have the batch; kept ones may be none."""
+    return 0, 1, 2 if output[2].dim() == 3 else None
+
+
+def forward_flops(u: Tensor, W: Tensor, iterations: int) -> int:
+    """Of the votes, made once, of every iteration's weighted sum, and of the agreements between."""
+    return 2 * len(u) * W[0, 0].numel() * len(W) * (W.shape[1] + 2 * iterations - 1)
+
+
+def backward_flops(u: Tensor, W: Tensor, iterations: int, routing_grad: str) -> int:
+    """Of du and dW, equation 14; "full" also of the votes, made again, and equations 9 and 11."""
+    K = W.shape[1]
+    sums = 2 * K if routing_grad == "final" else 3 * K + 3 * (iterations - 1)
+    return 2 * len(u) * W[0, 0].numel() * len(W) * sums
+
+
+routing_forward = Operation(
+    "routing_forward",
+    _forward,
+    _forward_fake,
+    batched=1,
+    layout=_layout,
+    flops=lambda u, W, bias, iterations, *_: forward_flops(u, W, iterations),
+)
+routing_backward = Operation(
+    "routing_backward",
+    _backward,
+    _backward_fake,
+    flops=lambda dv, u, W, sums, kept, method, grad, *_: backward_flops(u, W, len(sums), grad),
+)
 routing_forward.differentiate(_gradients, _setup_context)
 routing_backward.refuse_derivative()

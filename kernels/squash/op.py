@@ -55,7 +55,7 @@ def _gradients(ctx: Any, dv: Tensor) -> Tensor:
     return squash_backward(*ctx.saved_tensors, dv)
 
 
-squash_forward = Operation("squash", _forward, fake=lambda s: s.new_empty(s.shape))
+squash_forward = Operation("squash", _forward, fake=lambda s: s.new_empty(s.shape), batched=1)
 squash_backward = Operation("squash_backward", _backward, fake=lambda s, dv: s.new_empty(s.shape))
 squash_forward.differentiate(_gradients, _setup_context)
 squash_backward.refuse_derivative()

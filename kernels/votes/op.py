@@ -66,7 +66,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return votes_backward(grad, *ctx.saved_tensors)
 
 
-votes_forward = Operation("votes", _forward, _forward_fake)
-votes_backward = Operation("votes_backward", _backward, _backward_fake)
+def _flops(u: Tensor, W: Tensor) -> int:
+    return 2 * len(u) * W.numel()
+
+
+votes_forward = Operation("votes", _forward, _forward_fake, batched=1, flops=_flops)
+votes_backward = Operation(
+    "votes_backward", _backward, _backward_fake, flops=lambda grad, u, W: 2 * _flops(u, W)
+)
 votes_forward.differentiate(_gradients, _setup_context)
 votes_backward.refuse_derivative()

@@ -218,7 +218,7 @@ def test_bad_arguments_are_named():
         "at least as wide": lambda: momentum_routing(x.float(), v.float(), weights),
         "biases must be none, or one": lambda: momentum_routing(x, v, weights, biases=biases[:1]),
         "gamma must lie between 0 and 1": lambda: momentum_routing(x, v, weights, gamma=1.0),
-        "backend must be": lambda: momentum_routing(x, v, weights, backend="reference"),
+        "backend must be": lambda: momentum_routing(x, v, weights, backend="cuda"),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
