@@ -16,6 +16,7 @@ from mocapsnet.cli import parse
 from mocapsnet.train.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(
@@ -101,7 +102,8 @@ def test_a_command_of_a_page_is_understood(command: str) -> None:
         except InputError as error:
             assert "NAME" in str(error), command
     else:
-        assert command == 'pip install "mocapsnet[train]"'
+        extra = re.fullmatch(r'pip install "mocapsnet\[(\w+)\]"', command)
+        assert extra and re.search(rf"^{extra[1]} = \[", PYPROJECT, re.M), command
 
 
 PAGE = """
