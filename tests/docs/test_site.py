@@ -73,6 +73,7 @@ def test_every_page_is_whole(site: tuple[str, list[str]], page: Page, watched: W
     page.on("console", note)
     page.on("requestfailed", lambda request: complaints.append(f"{page.url}: {request.url}"))
     page.on("response", lambda r: r.ok or complaints.append(f"{page.url}: {r.status} {r.url}"))
+    page.emulate_media(reduced_motion="reduce")
     links = set()
     for path in pages:
         page.goto(address + path, wait_until="load")
