@@ -15,6 +15,7 @@ from .kernels import checks
 from .kernels.launch import full_precision
 from .layers import CapsuleLayer, PrimaryCapsules, squashed
 from .pretrained import Pretrained
+from .published import TwiceSkippedStack
 from .reversible import MomentumStack, ResidualStack
 
 CLASS_SUM_LENGTH = 0.35
@@ -39,6 +40,9 @@ class CapsNetConfig:
             `mocapsnet.kernels.routing`.
         init: "length" or "paper", see `CapsuleLayer` and `CapsNet`.
         gamma, velocity, memory, anchor_every: see `MomentumStack`; used by `MoCapsNet` only.
+        skip: "once", as in the paper, or "twice", every block adds its input once more, as in the
+            published code, see `TwiceSkippedStack`; needs velocity "block", used by `MoCapsNet`
+            only. Initial weights are drawn as for "once".
     """
 
     image_shape: tuple[int, int, int]
@@ -59,6 +63,7 @@ class CapsNetConfig:
     init: str = "length"
     gamma: float = 0.9
     velocity: str = "network"
+    skip: str = "once"
     memory: str = "reversible"
     anchor_every: int | None = None
     routing_backend: str | None = None
@@ -71,6 +76,12 @@ class CapsNetConfig:
         for name in ("classes", "capsules", "capsule_dim", "class_dim", "kernel_size", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        checks.choice("skip", self.skip, ("once", "twice"))
+        if self.skip == "twice" and self.velocity != "block":
+            raise ValueError(
+                f"skip='twice' needs velocity='block', as each block starts anew; got "
+                f"velocity={self.velocity!r}"
+            )
         if self.blocks < 0:
             raise ValueError(f"blocks must be at least 0; got {self.blocks}")
         if self.channels < 1 or self.channels % self.capsule_dim:
@@ -275,7 +286,7 @@ class MoCapsNet(CapsNet):
 
     def make_stack(self, layers: int, capsules: int, dim: int, layer: dict[str, Any]) -> nn.Module:
         c = self.config
-        return MomentumStack.of_capsules(
+        stack = MomentumStack.of_capsules(
             layers,
             capsules,
             dim,
@@ -285,6 +296,7 @@ class MoCapsNet(CapsNet):
             memory=c.memory,
             anchor_every=c.anchor_every,
         )
+        return TwiceSkippedStack(stack) if c.skip == "twice" else stack
 
 
 MODELS = {"capsnet": CapsNet, "rescapsnet": ResCapsNet, "mocapsnet": MoCapsNet}

@@ -114,6 +114,9 @@ class ModelOptions:
         FROM_PRESET
     )
     stride: Annotated[Size, preset("stride: Stride of the second convolution.")] = FROM_PRESET
+    grouping: Literal["channels", "pixels"] = "channels"
+    """Primary capsules of neighbouring channels, or of neighbouring pixels as in the published
+    code."""
     iterations: int = 3
     """Routing iterations."""
     method: Literal["rba", "sda"] = "rba"
@@ -128,6 +131,9 @@ class ModelOptions:
     """Momentum coefficient, between 0 and 1."""
     velocity: Literal["network", "block"] = "network"
     """One velocity through all blocks, or a new one in every block."""
+    skip: Literal["once", "twice"] = "once"
+    """Blocks add their input once, or once more as in the published code, which needs --velocity
+    block."""
     memory: Literal["reversible", "stored"] = "reversible"
     """Recompute the blocks' activations in the backward pass, or store them."""
     anchor_every: int | None = None

@@ -181,3 +181,9 @@ def test_slow_bfloat16_is_announced(
 def test_resolve_is_idempotent() -> None:
     options = resolve(TrainOptions())
     assert resolve(options) == options
+
+
+def test_the_published_code_s_grouping_and_skip(train: Callable[..., Path]) -> None:
+    run = train("run", "--epochs", "1", *"--grouping pixels --skip twice --velocity block".split())
+    config = mocapsnet.load(run).config
+    assert (config.grouping, config.skip, config.velocity) == ("pixels", "twice", "block")
