@@ -28,7 +28,7 @@ QUOTED = r"`\g<0>`"
 
 def documented() -> dict[str, str]:
     """Identifiers on the pages of the API by what docstrings call them."""
-    names = {}
+    names: dict[str, str] = {}
     for page in API.glob("*.md"):
         for identifier in re.findall(r"^::: (\S+)", page.read_text(), re.M):
             short = identifier.rpartition(".")[2]
