@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 from . import __version__
 
 if TYPE_CHECKING:
-    from mocapsnet.train.options import ExportOptions, PredictOptions, RunOptions, TrainOptions
+    from mocapsnet.train.options import (
+        ExportOptions,
+        ImportOptions,
+        PredictOptions,
+        RunOptions,
+        TrainOptions,
+    )
+
+    Command = TrainOptions | PredictOptions | ExportOptions | ImportOptions | RunOptions
 
 # Import names of what `pip install "mocapsnet[train]"` adds.
 EXTRA = [
@@ -68,6 +76,7 @@ def _run(arguments: list[str]) -> None:
 
     from mocapsnet.train.options import (
         ExportOptions,
+        ImportOptions,
         PredictOptions,
         TrainOptions,
         VisualizeOptions,
@@ -86,13 +95,17 @@ def _run(arguments: list[str]) -> None:
         from mocapsnet.train.export import export
 
         export(command)
+    elif isinstance(command, ImportOptions):
+        from mocapsnet.train.import_published import import_published
+
+        import_published(command)
     else:
         from mocapsnet.train.reports import report
 
         report(command, pictures=isinstance(command, VisualizeOptions))
 
 
-def parse(arguments: list[str]) -> TrainOptions | PredictOptions | ExportOptions | RunOptions:
+def parse(arguments: list[str]) -> Command:
     """Read a command line. On --help or an unknown option tyro prints and leaves with 0 or 2.
 
     With --resume the options of that run are the defaults, and most of them are fixed.
@@ -140,15 +153,14 @@ def _check_resumable(saved: TrainOptions, command: TrainOptions) -> None:
             )
 
 
-def _cli(
-    arguments: list[str], train: TrainOptions
-) -> TrainOptions | PredictOptions | ExportOptions | RunOptions:
+def _cli(arguments: list[str], train: TrainOptions) -> Command:
     import tyro
 
     from mocapsnet.train.options import (
         BenchmarkOptions,
         EvaluateOptions,
         ExportOptions,
+        ImportOptions,
         PredictOptions,
         TrainOptions,
         VisualizeOptions,
@@ -161,6 +173,7 @@ def _cli(
         | Annotated[VisualizeOptions, subcommand("visualize")]
         | Annotated[PredictOptions, subcommand("predict")]
         | Annotated[ExportOptions, subcommand("export")]
+        | Annotated[ImportOptions, subcommand("import")]
         | Annotated[BenchmarkOptions, subcommand("benchmark")]
     )
     command = tyro.cli(

@@ -240,6 +240,24 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
+class ImportOptions:
+    """Turn a checkpoint of the published code (github.com/moejoe95/MoCapsNet) into a folder."""
+
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+    """The file *.pth.tar; of it tensors alone are unpickled."""
+    out: Annotated[str, arg(metavar="DIR")]
+    """The folder, new or empty, for mocapsnet predict and mocapsnet.load."""
+    plain: bool = False
+    """It was trained without --residual."""
+    gamma: float = 0.9
+    """Its --gamma."""
+    iterations: int = 3
+    """Its --num_routing."""
+    classes: tuple[str, ...] | None = None
+    """Names of its classes (None: their numbers)."""
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """Measure speed, memory and precision; `mocapsnet benchmark --help` lists the benchmarks."""
 
