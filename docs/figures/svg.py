@@ -1,7 +1,7 @@
 """A drawing: lines, arrows, boxes, text, written as an SVG file.
 
 Colours are variables that the site sets for its light and dark scheme (assets/site.css). Elsewhere,
-as where a repository shows the file, they follow the reader's system.
+as where a repository shows the file, a figure is dark on white, whatever is around it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from html import escape
 from pathlib import Path
 
 STYLE = """
-.figure { color-scheme: light dark; 
-  font: 15px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
-.figure .ink { fill: none; stroke: var(--figure-ink, light-dark(#222, #ddd)); }
-.figure .faint { fill: none; stroke: var(--figure-faint, light-dark(#888, #999)); }
-.figure .one { fill: none; stroke: var(--figure-one, light-dark(#00796b, #4db6ac)); }
-.figure .two { fill: none; stroke: var(--figure-two, light-dark(#c2570c, #ffa259)); }
-.figure .ink.solid { fill: var(--figure-ink, light-dark(#222, #ddd)); stroke: none; }
-.figure .faint.solid { fill: var(--figure-faint, light-dark(#888, #999)); stroke: none; }
-.figure .one.solid { fill: var(--figure-one, light-dark(#00796b, #4db6ac)); stroke: none; }
-.figure .two.solid { fill: var(--figure-two, light-dark(#c2570c, #ffa259)); stroke: none; }
+.figure {
+  background: #fff;
+  font: 15px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif;
+}
+.figure .ink { fill: none; stroke: var(--figure-ink, #222); }
+.figure .faint { fill: none; stroke: var(--figure-faint, #888); }
+.figure .one { fill: none; stroke: var(--figure-one, #00796b); }
+.figure .two { fill: none; stroke: var(--figure-two, #c2570c); }
+.figure .ink.solid { fill: var(--figure-ink, #222); stroke: none; }
+.figure .faint.solid { fill: var(--figure-faint, #888); stroke: none; }
+.figure .one.solid { fill: var(--figure-one, #00796b); stroke: none; }
+.figure .two.solid { fill: var(--figure-two, #c2570c); stroke: none; }
 .figure .wash { fill-opacity: 0.13; }
 """
 

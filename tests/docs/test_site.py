@@ -120,13 +120,14 @@ def test_search_finds_a_parameter(site: tuple[str, list[str]], page: Page) -> No
 
 def test_drawings_follow_the_colour_scheme(site: tuple[str, list[str]], page: Page) -> None:
     address, _ = site
-    ink = "getComputedStyle(document.querySelector('svg.figure text.ink')).fill"
-    seen = []
-    for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-        page.goto(address, wait_until="load")
-        seen.append(page.evaluate(ink))
-    assert seen[0] != seen[1]
+    colours = "['ink', 'one', 'two'].map(c => getComputedStyle(document.querySelector("
+    colours += "`svg.figure .${c}.solid`)).fill)"
+    page.emulate_media(color_scheme="dark")
+    page.goto(address, wait_until="load")
+    dark = page.evaluate(colours)
+    page.locator("label[title=Light]").click()
+    light = page.evaluate(colours)
+    assert all(a != b for a, b in zip(dark, light, strict=True)), (dark, light)
 
 
 def test_links_that_lead_nowhere_stop_the_build(tmp_path: Path) -> None:
