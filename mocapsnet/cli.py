@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 EXTRA = [
     "PIL",
     "accelerate",
+    "filelock",
     "matplotlib",
+    "psutil",
     "pytorch_optimizer",
     "sklearn",
     "tensorboard",
@@ -54,15 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from mocapsnet.train.errors import Stop
+    from mocapsnet.train.errors import Failed, Stop, what_failed
 
     try:
         _run(arguments)
     except Stop as stop:
-        # All processes of a torchrun stop alike; one of them says why.
-        if os.environ.get("RANK", "0") == "0":
+        # All processes of a torchrun stop alike, and one says why; but one may fail alone.
+        if os.environ.get("RANK", "0") == "0" or isinstance(stop, Failed):
             print(f"mocapsnet: {stop}", file=sys.stderr)
         return stop.exit_code
+    except Exception as error:
+        said = what_failed(error)
+        if said is None:
+            raise
+        print(f"mocapsnet: {said}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -112,7 +120,8 @@ def parse(arguments: list[str]) -> Command:
 
     Raises: InputError for values that cannot be used.
     """
-    from mocapsnet.train.options import TrainOptions, resolve
+    from mocapsnet.train.option_values import check_continuation, resolve
+    from mocapsnet.train.options import TrainOptions
 
     command = _cli(arguments, TrainOptions())
     if not isinstance(command, TrainOptions):
@@ -129,28 +138,8 @@ def parse(arguments: list[str]) -> Command:
     )
     command = _cli(arguments, saved)
     assert isinstance(command, TrainOptions)
-    _check_resumable(saved, command)
+    check_continuation(saved, command)
     return resolve(command)
-
-
-def _check_resumable(saved: TrainOptions, command: TrainOptions) -> None:
-    from mocapsnet.train.errors import InputError
-    from mocapsnet.train.options import RESUMABLE, flag, flat
-
-    asked = flat(command)
-    for name, value in flat(saved).items():
-        if asked[name] == value:
-            continue
-        if name not in RESUMABLE:
-            raise InputError(
-                f"{flag(name)} {asked[name]} does not go with --resume: the run has {value}. "
-                f"Only {', '.join(flag(n) for n in sorted(RESUMABLE - {'resume'}))} may change"
-            )
-        if name == "optim.epochs" and saved.optim.optimizer == "ranger21":
-            raise InputError(
-                f"--epochs {asked[name]}: ranger21 plans its learning rate over the run's {value} "
-                "epochs, so this run cannot be made longer or shorter; start a new one"
-            )
 
 
 def _cli(arguments: list[str], train: TrainOptions) -> Command:

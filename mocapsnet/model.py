@@ -82,6 +82,10 @@ class CapsNetConfig:
                 f"skip='twice' needs velocity='block', as each block starts anew; got "
                 f"velocity={self.velocity!r}"
             )
+        if min(self.decoder, default=1) < 1:
+            raise ValueError(f"decoder: every width must be at least 1; got {self.decoder}")
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"gamma must lie between 0 and 1, both excluded; got {self.gamma}")
         if self.blocks < 0:
             raise ValueError(f"blocks must be at least 0; got {self.blocks}")
         if self.channels < 1 or self.channels % self.capsule_dim:

@@ -52,16 +52,19 @@ class State:
     schedule: LRScheduler | None
 
 
-def latest(run: Path) -> tuple[Path, int]:
+def latest(run: Path) -> tuple[Path, int] | None:
     """The last whole checkpoint of a run and the number of epochs done.
 
-    Raises: InputError if there is none.
+    Returns: None for a run that was stopped before its first checkpoint.
+    Raises: InputError if there is none, but was.
     """
     found = _whole(run)
-    if not found:
+    if found:
+        last = max(found, key=found.__getitem__)
+        return last, found[last]
+    if (run / "metrics.jsonl").exists():
         raise InputError(f"{run} holds no checkpoint; start the training anew in another folder")
-    last = max(found, key=found.__getitem__)
-    return last, found[last]
+    return None
 
 
 def _whole(run: Path) -> dict[Path, int]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from mocapsnet import CapsuleLoss
-from mocapsnet.train import checkpoints, console, model_folder
-from mocapsnet.train.errors import Diverged, Interrupted
+from mocapsnet import CapsNet, CapsuleLoss
+from mocapsnet.train import checkpoints, console, memory, model_folder, run_folder
+from mocapsnet.train.data import ImageSet
+from mocapsnet.train.errors import Diverged, Failed, InputError, Interrupted, what_failed
 from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.metrics import MetricsLog, Row
 from mocapsnet.train.optimizers import build_optimizer
@@ -24,9 +26,8 @@ from mocapsnet.train.prepare import (
     load_data,
     make_accelerator,
     make_repeatable,
-    new_run_folder,
+    network_config,
 )
-from mocapsnet.train.run_folder import write_config
 from mocapsnet.train.trainer import Trainer
 
 
@@ -34,32 +35,83 @@ def train(options: TrainOptions) -> Path:
     """Train, or continue, as `options` (resolved) say.
 
     Returns: the run folder.
-    Raises: InputError before anything is written; Diverged; Interrupted.
+    Raises: InputError before anything is written; Diverged; Interrupted; Failed.
     """
     accelerator = make_accelerator(options.machine, options.optim.gradient_accumulation)
     make_repeatable(options.optim.seed)
-    train_set, test_set = load_data(options.data, accelerator)
-    model = build(options, train_set)
+    run = run_folder.choose(options)
+    new = options.resume is None
+    with ExitStack() as held:
+        if not new:
+            held.enter_context(run_folder.claimed(run, accelerator, new=False))
+            if _finished(run, options):
+                if accelerator.is_main_process:
+                    epochs = options.optim.epochs
+                    print(f"{run} is finished, {epochs} of {epochs} epochs; give --epochs to go on")
+                return run
+        train_set, test_set = load_data(options.data, accelerator)
+        _check_fit(options, train_set, accelerator)
+        model = build(options, train_set)
+        if new:
+            held.enter_context(run_folder.claimed(run, accelerator, new=True))
+        _train(options, run, accelerator, model, train_set, test_set)
+    accelerator.end_training()
+    return run
+
+
+def _finished(run: Path, options: TrainOptions) -> bool:
+    """Whether a run has nothing left to do. Raises: InputError if it has done more than asked."""
+    found = checkpoints.latest(run)
+    if found is None:
+        return False
+    checkpoint, done = found
+    if options.optim.epochs < done:
+        raise InputError(
+            f"--epochs {options.optim.epochs}: {run} has done {done} epochs already; give more to "
+            "go on"
+        )
+    # The last thing that a run writes. One that was killed just before writes it when continued.
+    card = run / model_folder.FOLDER / "README.md"
+    written = (checkpoint / checkpoints.STATE, card, run / "reconstructions.png")
+    if options.optim.epochs > done or not all(path.exists() for path in written):
+        return False
+    return card.stat().st_mtime >= written[-1].stat().st_mtime >= written[0].stat().st_mtime
+
+
+def _check_fit(options: TrainOptions, train_set: ImageSet, accelerator: Accelerator) -> None:
+    parts = accelerator.num_processes * options.optim.gradient_accumulation
+    images = -(-min(options.optim.batch_size, len(train_set)) // parts)
+    config = network_config(options, train_set)
+    memory.check_fit(config, options.optim, images, accelerator.device)
+
+
+def _train(
+    options: TrainOptions,
+    run: Path,
+    accelerator: Accelerator,
+    bare_model: CapsNet,
+    train_set: ImageSet,
+    test_set: ImageSet,
+) -> None:
+    """The epochs of a run, from its last checkpoint, and its end."""
     batch_size, epochs = options.optim.batch_size, options.optim.epochs
     steps_per_epoch = -(-len(train_set) // batch_size)
     optimizer, schedule = build_optimizer(
-        options.optim, model.parameters(), epochs * steps_per_epoch
+        options.optim, bare_model.parameters(), epochs * steps_per_epoch
     )
-    bare_model = model
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(bare_model, optimizer)
     state = checkpoints.State(bare_model, optimizer, schedule)
-    if options.resume is not None:
-        run = Path(options.resume)
-        checkpoint, epochs_done = checkpoints.latest(run)
+    found = checkpoints.latest(run)
+    if found is not None:
+        checkpoint, epochs_done = found
         checkpoints.restore(checkpoint, state)
     else:
-        # Also a run that is stopped in its first epoch can be resumed.
-        run, epochs_done = new_run_folder(options, accelerator), 0
-        checkpoint = checkpoints.folder(run, 0)
+        checkpoint, epochs_done = checkpoints.folder(run, 0), 0
+    accelerator.wait_for_everyone()
     log = None
     if accelerator.is_main_process:
-        write_config(run, options)
-        if options.resume is None:
+        run_folder.write_config(run, options, train_set)
+        if found is None:  # also a run that is stopped in its first epoch can be resumed
             checkpoints.save(state, run, 0)
         log = MetricsLog(run, epochs_done)
         console.describe(
@@ -70,6 +122,7 @@ def train(options: TrainOptions) -> Path:
     trainer = Trainer(accelerator, model, criterion, optimizer, train_set, options)
     tested: Evaluation | None = None
     epoch = epochs_done
+    resume = f"mocapsnet train --resume {run}"
     try:
         with _terminate_as_interrupt():
             for epoch in range(epochs_done, epochs):
@@ -88,18 +141,22 @@ def train(options: TrainOptions) -> Path:
                 checkpoint = checkpoints.folder(run, epoch + 1)
                 accelerator.wait_for_everyone()
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped in epoch {epoch + 1}; continue with: mocapsnet train --resume {run}"
-        ) from None
+        raise Interrupted(f"stopped in epoch {epoch + 1}; continue with: {resume}") from None
+    except Exception as error:
+        said = what_failed(error)
+        if said is None:
+            raise
+        raise Failed(
+            f"{said}; stopped in epoch {epoch + 1}. The last checkpoint, {checkpoint}, is whole; "
+            f"continue with: {resume}"
+        ) from error
     if tested is None:
         tested = evaluate(accelerator, bare_model, criterion, test_set, batch_size)
     if log is not None:
         log.close()
         write_pictures(run, log.rows, bare_model, test_set, tested)
-        model_folder.write(run, bare_model, options, tested.accuracy, max(epochs, epochs_done))
+        model_folder.write(run, bare_model, options, tested.accuracy, epochs)
         console.list_folder(run)
-    accelerator.end_training()
-    return run
 
 
 def _check_finite(model: nn.Module, tested: Evaluation, row: Row, checkpoint: Path) -> None:

@@ -1,19 +1,15 @@
-"""The options of the command line, the presets of the data sets, and their JSON form.
+"""The options of the command line, and the presets of the data sets.
 
-An option whose value is None takes the data set's preset; `resolve` puts the preset in, so that
-everything after it, and the run's config.json, holds plain values.
+An option whose value is None takes the data set's preset; `option_values.resolve` puts the preset
+in, so that everything after it, and the run's config.json, holds plain values.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
-
-from mocapsnet.train.errors import InputError
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "folder"]
 ModelName = Literal["mocapsnet", "rescapsnet", "capsnet"]
@@ -260,98 +256,3 @@ class ImportOptions:
 @dataclass(frozen=True)
 class BenchmarkOptions:
     """Measure speed, memory and precision; `mocapsnet benchmark --help` lists the benchmarks."""
-
-
-# What may differ between a run and its continuation: the result does not depend on it, but for
-# epochs, which only says how far to go.
-RESUMABLE = {
-    "data.data_dir",
-    "data.download",
-    "optim.epochs",
-    "optim.gradient_accumulation",
-    "machine.device",
-    "resume",
-}
-
-
-def resolve(options: TrainOptions) -> TrainOptions:
-    """Put the data set's preset where the user gave nothing, and check the numbers.
-
-    Raises: InputError naming the first option that is out of range.
-    """
-    chosen = PRESETS[options.data.dataset]
-
-    def fill(group: Any) -> Any:
-        missing = {
-            f.name: getattr(chosen, f.name)
-            for f in dataclasses.fields(group)
-            if getattr(group, f.name) is None and hasattr(chosen, f.name)
-        }
-        return dataclasses.replace(group, **missing)
-
-    options = dataclasses.replace(
-        options, data=fill(options.data), model=fill(options.model), optim=fill(options.optim)
-    )
-    positive: dict[str, float] = {
-        "--epochs": options.optim.epochs,
-        "--batch-size": options.optim.batch_size,
-        "--gradient-accumulation": options.optim.gradient_accumulation,
-        "--lr": options.optim.lr,
-        "--limit": 1 if options.data.limit is None else options.data.limit,
-        "--image-size": 1 if options.data.image_size is None else options.data.image_size,
-    }
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{name} must be greater than 0, got {value}")
-    at_least_zero: dict[str, float] = {
-        "--pad": options.data.pad,
-        "--reconstruction-weight": options.optim.reconstruction_weight,
-        "--seed": options.optim.seed,
-        "--split-seed": options.data.split_seed,
-    }
-    for name, value in at_least_zero.items():
-        if not value >= 0:
-            raise InputError(f"{name} must be 0 or greater, got {value}")
-    share = options.data.test_share
-    if share is not None and not 0 < share < 1:
-        raise InputError(f"--test-share must be between 0 and 1, got {share}")
-    if options.data.dataset != "folder":
-        unused = DataOptions(dataset="folder")
-        for field_name in ("image_size", "test_share", "split_seed", "broken_images"):
-            value = getattr(options.data, field_name)
-            if value != getattr(unused, field_name):
-                raise InputError(
-                    f"{flag(field_name)} {value} is for --dataset folder; {options.data.dataset} "
-                    "has images of one size and a test set of its own"
-                )
-    return options
-
-
-def flat(options: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optim.lr": 0.001, ...} for every option."""
-    values: dict[str, Any] = {}
-    for f in dataclasses.fields(options):
-        value = getattr(options, f.name)
-        if dataclasses.is_dataclass(value):
-            values |= flat(value, f"{prefix}{f.name}.")
-        else:
-            values[prefix + f.name] = value
-    return values
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of an option named as in `flat`."""
-    return "--model" if name == "model.name" else "--" + name.split(".")[-1].replace("_", "-")
-
-
-def from_json(saved: dict[str, Any]) -> TrainOptions:
-    """The inverse of dataclasses.asdict, after a passage through JSON."""
-    groups: dict[str, Any] = {
-        "data": DataOptions,
-        "model": ModelOptions,
-        "optim": OptimOptions,
-        "machine": MachineOptions,
-    }
-    model = saved["model"] | {"decoder": tuple(saved["model"]["decoder"])}
-    values = {name: make(**(saved | {"model": model})[name]) for name, make in groups.items()}
-    return TrainOptions(**values, out=saved["out"], resume=None)

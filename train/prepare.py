@@ -1,16 +1,13 @@
-"""What every command does first: machine, data, model, run folder."""
+"""What every command does first: machine, data, model."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import sys
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from mocapsnet import CapsNet, CapsNetConfig, build_model
 from mocapsnet.train import data
@@ -77,33 +74,30 @@ def load_data(
     return train_set.first(limit).to(device), test_set.first(limit).to(device)
 
 
-def build(options: TrainOptions, images: data.ImageSet) -> CapsNet:
+def network_config(options: TrainOptions, images: data.ImageSet) -> CapsNetConfig:
     """The network that resolved options describe, for such images.
 
     Raises: InputError if the sizes do not fit.
     """
     sizes = dataclasses.asdict(options.model)
-    name = sizes.pop("name")
+    del sizes["name"]
+    if options.data.pad >= min(images.image_shape[1:]):
+        _, H, W = images.image_shape
+        raise InputError(
+            f"--pad {options.data.pad} must be less than the images' size of {H} x {W} pixels, or "
+            "a crop may show none of them"
+        )
     try:
-        config = CapsNetConfig(image_shape=images.image_shape, classes=len(images.classes), **sizes)
-        model = build_model(name, config)
+        return CapsNetConfig(images.image_shape, len(images.classes), **sizes)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def build(options: TrainOptions, images: data.ImageSet) -> CapsNet:
+    """The network of `network_config`. Raises: InputError if the sizes do not fit."""
+    try:
+        model = build_model(options.model.name, network_config(options, images))
     except ValueError as error:
         raise InputError(str(error)) from error
     model.class_names = images.classes
     return model
-
-
-def new_run_folder(options: TrainOptions, accelerator: Accelerator) -> Path:
-    """Create the run folder, the same for all processes. Raises: InputError if it is in use."""
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    names = [options.out or f"runs/{options.data.dataset}-{options.model.name}-{now}"]
-    broadcast_object_list(names)
-    run = Path(names[0])
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise InputError(
-            f"{run} exists and is not an empty folder; choose another --out, or continue that run "
-            f"with --resume {run}"
-        )
-    accelerator.wait_for_everyone()
-    run.mkdir(parents=True, exist_ok=True)
-    return run

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mocapsnet import CapsuleLoss
 from mocapsnet.train import checkpoints
+from mocapsnet.train.errors import InputError
 from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.metrics import describe_damage, read_rows
 from mocapsnet.train.options import RunOptions
@@ -22,7 +23,10 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
     """
     run = Path(command.run)
     options = read_config(run)
-    checkpoint, epochs_done = checkpoints.latest(run)
+    found = checkpoints.latest(run)
+    if found is None:
+        raise InputError(f"{run} was stopped before it began; mocapsnet train --resume {run}")
+    checkpoint, epochs_done = found
     source = dataclasses.replace(
         options.data,
         data_dir=command.data_dir or options.data.data_dir,

@@ -1,68 +1,171 @@
-"""Run folders on disk, and their config.json.
+"""Run folders on disk: their config.json, and the lock that one training holds.
 
-    RUN/config.json                  resolved options, versions, command lines
+    RUN/config.json                  resolved options, images and classes, versions, command lines
     RUN/metrics.jsonl                the numbers of each epoch, see metrics.py
     RUN/checkpoints/                 the state to go on from, see checkpoints.py
+    RUN/model/                       the trained network, see model_folder.py
 
 Nothing in a run folder can run when it is read: there are no pickles, only JSON and safetensors.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import datetime
 import importlib.metadata
 import json
+import os
 import platform
+import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.files import write_whole
-from mocapsnet.train.options import TrainOptions, from_json
+from mocapsnet.train.option_values import from_json, to_json
+from mocapsnet.train.options import TrainOptions
 
-# Of config.json and of checkpoints. 0, which they do not name: training state in pickles.
+# Of config.json and of checkpoints. 0, which they do not name: training state in pickles. A new
+# option needs a new format: in files of an older one an option that is missing has its default.
 FORMAT = 1
 
+CONFIG = "config.json"
+LOCK, HOLDER = ".lock", ".lock-holder.json"
 
-def write_config(run: Path, options: TrainOptions) -> None:
+
+def choose(options: TrainOptions) -> Path:
+    """The run folder, the same for all processes; nothing is made yet. Collective.
+
+    Raises: InputError if a new run would need a folder that holds something.
+    """
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    default = f"runs/{options.data.dataset}-{options.model.name}-{now}"
+    names = [options.resume or options.out or default]
+    broadcast_object_list(names)
+    run = Path(names[0])
+    if options.resume is None:
+        _check_empty(run)
+    return run
+
+
+def _check_empty(run: Path) -> None:
+    # What a run leaves that was killed before its config.json was there.
+    remains = {LOCK, HOLDER, CONFIG + ".tmp"}
+    if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - remains):
+        raise InputError(
+            f"{run} exists and is not an empty folder; choose another --out, or continue that run "
+            f"with --resume {run}"
+        )
+
+
+@contextlib.contextmanager
+def claimed(run: Path, accelerator: Accelerator, new: bool) -> Iterator[None]:
+    """Hold a run folder for this training, and make it if it is new. Collective.
+
+    The system gives the lock back when the process ends, however it ends.
+
+    Raises: InputError if another training holds it, which all processes say alike.
+    """
+    lock = FileLock(run / LOCK)
+    problem = [_claim(run, lock, new) if accelerator.is_main_process else ""]
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise InputError(problem[0])
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            (run / HOLDER).unlink(missing_ok=True)
+            lock.release()
+
+
+def _claim(run: Path, lock: FileLock, new: bool) -> str:
+    """Take the lock; returns what prevents it."""
+    try:
+        if new:
+            run.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        if new:
+            _check_empty(run)  # another training may have come in between
+        write_whole(run / HOLDER, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    except Timeout:
+        return f"{run} is in use by {_holder(run)}; wait for that training or end it"
+    except InputError as error:
+        lock.release()
+        return str(error)
+    except OSError as error:
+        return f"{'--out' if new else '--resume'} {run}: cannot write there: {error.strerror}"
+    return ""
+
+
+def _holder(run: Path) -> str:
+    try:
+        holder = json.loads((run / HOLDER).read_bytes())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another process"
+
+
+def write_config(run: Path, options: TrainOptions, images: data.ImageSet) -> None:
     """Write or update RUN/config.json; each start of the run adds its command line."""
-    path = run / "config.json"
-    commands = json.loads(path.read_text())["commands"] if path.exists() else []
+    path = run / CONFIG
+    commands = _read(path).get("commands") if path.exists() else None
     packages = ("mocapsnet", "torch", "torchvision", "numpy", "accelerate", "pytorch-optimizer")
     versions = {"python": platform.python_version()}
     for package in packages:
         versions[package] = importlib.metadata.version(package)
     config = {
         "format": FORMAT,
-        "options": dataclasses.asdict(dataclasses.replace(options, resume=None)),
+        "options": to_json(options),
+        "image_shape": images.image_shape,
+        "classes": images.classes,
         "versions": versions,
-        "commands": [*commands, ["mocapsnet", *sys.argv[1:]]],
+        "commands": [
+            *(commands if isinstance(commands, list) else []),
+            ["mocapsnet", *sys.argv[1:]],
+        ],
     }
     write_whole(path, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(run: Path) -> TrainOptions:
-    """The options a run was started with.
+    """The options a run was started with, resolved.
 
-    Raises: InputError if `run` is not a run folder or its config.json is damaged.
+    Raises: InputError if `run` is not a run folder, or says what in its config.json is wrong.
     """
-    path = run / "config.json"
+    path = run / CONFIG
     if not path.is_file():
         what = "has no config.json, so it is not a run folder" if run.is_dir() else "does not exist"
         raise InputError(f"{run} {what}; give a folder that `mocapsnet train` wrote")
+    config = _read(path)
+    check_format(config, path)
+    try:
+        return from_json(config.get("options"), complete=config.get("format", 0) == FORMAT)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
-        check_format(config, path)
-        return from_json(config["options"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {error!r}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is damaged: it holds no object")
+    return config
 
 
 def check_format(content: dict[str, Any], path: Path) -> None:
     """Raises: InputError if a file was written by a later version than this one can read."""
     written = content.get("format", 0)
-    if not isinstance(written, int) or not 0 <= written <= FORMAT:
+    if type(written) is not int or not 0 <= written <= FORMAT:
         raise InputError(
             f"{path} is of format {written}, and this version of MoCapsNet reads up to {FORMAT}; "
             "use the version that wrote it, which the run's config.json names"

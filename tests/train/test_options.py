@@ -9,26 +9,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mocapsnet.benchmarks
 import mocapsnet.train
-from mocapsnet import CapsNetConfig, cli
-from mocapsnet.train import prepare
+from mocapsnet import CapsNetConfig, build_model, cli
+from mocapsnet.model import MODELS
+from mocapsnet.train import memory, prepare
 from mocapsnet.train.data import SHAPES
-from mocapsnet.train.options import (
-    PRESETS,
-    MachineOptions,
-    TrainOptions,
-    flag,
-    flat,
-    from_json,
-    resolve,
-)
+from mocapsnet.train.option_values import flag, flat, from_json, resolve, to_json
+from mocapsnet.train.options import PRESETS, MachineOptions, TrainOptions
 
-from .helpers import run_process
+from .helpers import TINY, run_process
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -72,8 +67,10 @@ def test_given_options_win_over_the_preset() -> None:
 
 
 def test_options_survive_json() -> None:
-    options = cli.parse("train --dataset svhn --decoder 7 --limit 5 --out x".split())
-    assert from_json(json.loads(json.dumps(dataclasses.asdict(options)))) == options
+    arguments = "train --dataset svhn --data-dir /data --decoder 7 --limit 5 --out x"
+    options = cli.parse(arguments.split())
+    assert isinstance(options, TrainOptions)
+    assert from_json(json.loads(json.dumps(to_json(options)))) == options
 
 
 def test_help_names_every_option(command: Command) -> None:
@@ -124,11 +121,27 @@ def test_help_as_a_process() -> None:
         ("train --dataset folder --data-dir used", "class folder in used"),
         ("train --pad -1", "--pad must be 0 or greater, got -1"),
         ("train --kernel-size 9", "8x8"),
+        ("train --gamma nan", "gamma must lie between 0 and 1"),
+        ("train --decoder 64 -5", "decoder: every width must be at least 1; got (64, -5)"),
+        ("train --decoder 0", "decoder: every width must be at least 1; got (0,)"),
+        ("train --model capsnet --gamma 0.5", "--gamma 0.5 is for --model mocapsnet"),
+        ("train --model rescapsnet --memory stored", "rescapsnet has no momentum"),
+        (f"train --seed {2**64}", "--seed must be below 2^64"),
+        (f"train --batch-size {2**40}", "--batch-size must be below 2^31"),
+        ("train --reconstruction-weight inf", "--reconstruction-weight must be 0 or greater"),
+        ("train --gradient-accumulation 33", "a batch of 32 images (--batch-size)"),
+        ("train --pad 8", "--pad 8 must be less than the images' size of 8 x 8"),
+        ("train --capsules 100000000", "GiB for weights, gradients and optimiser"),
+        ("train --channels 8000000", "a smaller network"),
+        ("train --out used/file", "used/file exists and is not an empty folder"),
+        ("train --out used/file/run", "--out used/file/run: cannot write there: Not a directory"),
+        ("train --out /proc/run", "--out /proc/run: cannot write there: "),
         ("train --gamma 1.5", "gamma"),
         ("train --channels 20", "multiple of capsule_dim=8"),
         ("train --dataset mnist --data-dir nowhere", "nowhere/MNIST/raw/train-images-idx3-ubyte"),
         ("train --out used", "used exists and is not an empty folder"),
         ("train --resume missing", "missing does not exist"),
+        ("train --resume used/file", "used/file does not exist"),
         ("train --resume used", "used has no config.json"),
         ("evaluate missing", "missing does not exist"),
         ("visualize used", "used has no config.json"),
@@ -143,6 +156,40 @@ def test_bad_input_is_one_clear_error(arguments: str, expected: str, command: Co
     assert errors.startswith("mocapsnet: ") and expected in errors
     assert "Traceback" not in errors
     assert sorted(Path().rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("sizes", [{}, dict(blocks=2, decoder=(), kernel_size=3, channels=16)])
+def test_parameters_are_counted_without_building(model: str, sizes: dict[str, Any]) -> None:
+    config = CapsNetConfig((3, 28, 24), 7, **({"blocks": 0} if model == "capsnet" else {}) | sizes)
+    built = build_model(model, config)
+    assert memory.parameters(config) == sum(p.numel() for p in built.parameters())
+    images = torch.rand(1, 3, 28, 24)
+    first, features = built.convolutions[:2](images), built.convolutions(images)
+    assert memory.feature_numbers(config) == first.numel() + features.numel()
+
+
+def test_a_batch_that_does_not_fit(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 2**20)
+    arguments = "train --channels 8 --capsules 4 --decoder 8 --batch-size"
+    code, _, errors = command(*arguments.split(), "1347", "--out", "run")
+    assert code == 2 and "a smaller --batch-size needs less" in errors
+    assert "make of 1347 images" in errors and not Path("run").exists()
+    arguments += " 1347 --gradient-accumulation 10 --epochs 1 --out run"
+    code, _, errors = command(*arguments.split())
+    assert code == 0, errors
+
+
+def test_memory_that_gives_out(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the estimate let pass; the error is PyTorch's own."""
+
+    def step(*_: object) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("mocapsnet.train.trainer.Trainer._step", step)
+    code, _, errors = command("train", *TINY, "--out", "run")
+    assert code == 1 and errors.count("\n") == 1
+    assert "not enough memory: " in errors and "run/checkpoints/epoch-0000, is whole" in errors
 
 
 @pytest.mark.parametrize(

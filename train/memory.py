@@ -1,0 +1,77 @@
+"""What a training needs at least, before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+import torch
+
+from mocapsnet import CapsNetConfig
+from mocapsnet.train.errors import InputError
+from mocapsnet.train.options import OptimOptions
+
+# Float32 numbers that are kept for a parameter: itself, its gradient, the optimiser's.
+KEPT = {"adam": 2 + 2, "ranger21": 2 + 5}
+
+
+def check_fit(
+    config: CapsNetConfig, options: OptimOptions, images: int, device: torch.device
+) -> None:
+    """Refuse sizes that cannot fit; what fits by this count may still not, as it is the least.
+
+    Args:
+        images: that are in a process's memory at once in a step.
+    Raises: InputError with what was asked for, and what there is.
+    """
+    state = 4 * KEPT[options.optimizer] * parameters(config)
+    features = 4 * images * feature_numbers(config)
+    free = free_bytes(device)
+    if state + features <= free:
+        return
+    remedy = (
+        "a smaller network, such as one of fewer --channels or --capsules, needs less"
+        if state > features
+        else "a smaller --batch-size needs less, and so does --gradient-accumulation, which "
+        "changes no result"
+    )
+    raise InputError(
+        f"this training needs at least {_gib(state + features)} of memory and {_gib(free)} are "
+        f"free on {device.type}: {_gib(state)} for weights, gradients and optimiser, "
+        f"{_gib(features)} for what the convolutions make of {images} images; {remedy}"
+    )
+
+
+def parameters(config: CapsNetConfig) -> int:
+    """Numbers of a network's parameters together, without building it."""
+    c = config
+    area = c.kernel_size**2
+    convolutions = c.channels * (c.image_shape[0] * area + 1) + c.channels * (c.channels * area + 1)
+    first = c.primary_capsules * c.capsule_dim * c.capsules * c.capsule_dim
+    blocks = 2 * c.blocks * (c.capsules * c.capsule_dim) ** 2
+    last = c.capsules * c.capsule_dim * c.classes * c.class_dim
+    widths = [c.classes * c.class_dim, *c.decoder, math.prod(c.image_shape)]
+    decoder = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+    return convolutions + first + blocks + last + decoder
+
+
+def feature_numbers(config: CapsNetConfig) -> int:
+    """What both convolutions make of an image, all of which the backward pass needs."""
+    height, width = (size - config.kernel_size + 1 for size in config.image_shape[1:])
+    return config.channels * (height * width + math.prod(config.feature_size))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had, swap included; on Linux as far as a container may go."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    try:
+        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return free
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"

@@ -1,0 +1,216 @@
+"""The values of the options: presets, ranges, JSON, and what a continued run may change.
+
+Whatever way options came, by the command line or from a run's config.json, `resolve` judges them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from mocapsnet.train.errors import InputError
+from mocapsnet.train.options import (
+    PRESETS,
+    DataOptions,
+    MachineOptions,
+    ModelOptions,
+    OptimOptions,
+    TrainOptions,
+)
+
+# What may differ between a run and its continuation: the result does not depend on it, but for
+# epochs, which only says how far to go.
+RESUMABLE = {
+    "data.data_dir",
+    "data.download",
+    "optim.epochs",
+    "optim.gradient_accumulation",
+    "machine.device",
+    "resume",
+}
+
+_GROUPS: dict[str, type] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "optim": OptimOptions,
+    "machine": MachineOptions,
+}
+
+
+def resolve(options: TrainOptions) -> TrainOptions:
+    """Put the data set's preset where the user gave nothing, and check the numbers.
+
+    What the network's sizes must be is checked by `CapsNetConfig`, which knows the images.
+
+    Raises: InputError naming the first option that is out of range.
+    """
+    chosen = PRESETS[options.data.dataset]
+
+    def fill(group: Any) -> Any:
+        missing = {
+            f.name: getattr(chosen, f.name)
+            for f in dataclasses.fields(group)
+            if getattr(group, f.name) is None and hasattr(chosen, f.name)
+        }
+        return dataclasses.replace(group, **missing)
+
+    options = dataclasses.replace(
+        options, data=fill(options.data), model=fill(options.model), optim=fill(options.optim)
+    )
+    _check_ranges(options)
+    _check_use(options)
+    return options
+
+
+def _check_ranges(options: TrainOptions) -> None:
+    values = flat(options)
+    positive = "optim.epochs optim.batch_size optim.gradient_accumulation optim.lr data.limit"
+    for name in [*positive.split(), "data.image_size"]:
+        if values[name] is not None and not 0 < values[name] < math.inf:
+            raise InputError(f"{flag(name)} must be greater than 0, got {values[name]}")
+    seeds = ["optim.seed", "data.split_seed"]
+    for name in ["data.pad", "optim.reconstruction_weight", *seeds]:
+        if not 0 <= values[name] < math.inf:
+            raise InputError(f"{flag(name)} must be 0 or greater, got {values[name]}")
+    for name, value in values.items():
+        bits = 64 if name in seeds else 31
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and number >= 2**bits:
+                raise InputError(f"{flag(name)} must be below 2^{bits}, got {number}")
+    share = options.data.test_share
+    if share is not None and not 0 < share < 1:
+        raise InputError(f"--test-share must be between 0 and 1, got {share}")
+    parts, batch_size = options.optim.gradient_accumulation, options.optim.batch_size
+    if parts > batch_size:
+        raise InputError(
+            f"--gradient-accumulation {parts}: a batch of {batch_size} images (--batch-size) has "
+            "no more parts than images"
+        )
+
+
+def _check_use(options: TrainOptions) -> None:
+    """An option that would have no effect is a mistake."""
+    values, defaults = flat(options), flat(TrainOptions())
+
+    def refuse(names: list[str], reason: str) -> None:
+        for name in names:
+            if values[name] != defaults[name]:
+                raise InputError(f"{flag(name)} {values[name]} {reason}")
+
+    if options.data.dataset != "folder":
+        refuse(
+            [f"data.{n}" for n in ("image_size", "test_share", "split_seed", "broken_images")],
+            f"is for --dataset folder; {options.data.dataset} has images of one size and a test "
+            "set of its own",
+        )
+    if options.model.name != "mocapsnet":
+        refuse(
+            [f"model.{n}" for n in ("gamma", "velocity", "memory", "anchor_every")],
+            f"is for --model mocapsnet; {options.model.name} has no momentum",
+        )
+
+
+def flat(options: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 0.001, ...} for every option."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if dataclasses.is_dataclass(value):
+            values |= flat(value, f"{prefix}{f.name}.")
+        else:
+            values[prefix + f.name] = value
+    return values
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of an option named as in `flat`."""
+    return "--model" if name == "model.name" else "--" + name.split(".")[-1].replace("_", "-")
+
+
+def check_continuation(saved: TrainOptions, asked: TrainOptions) -> None:
+    """Raises: InputError if `asked` would make another run of the one that was saved."""
+    new = flat(asked)
+    for name, value in flat(saved).items():
+        if new[name] == value:
+            continue
+        if name not in RESUMABLE:
+            raise InputError(
+                f"{flag(name)} {new[name]} does not go with --resume: the run has {value}. "
+                f"Only {', '.join(flag(n) for n in sorted(RESUMABLE - {'resume'}))} may change"
+            )
+        if name == "optim.epochs" and saved.optim.optimizer == "ranger21":
+            raise InputError(
+                f"--epochs {new[name]}: ranger21 plans its learning rate over the run's {value} "
+                "epochs, so this run cannot be made longer or shorter; start a new one"
+            )
+
+
+def to_json(options: TrainOptions) -> dict[str, Any]:
+    """Options as JSON, readable from any working directory."""
+    data = dataclasses.replace(options.data, data_dir=str(Path(options.data.data_dir).absolute()))
+    return dataclasses.asdict(dataclasses.replace(options, data=data, resume=None))
+
+
+def from_json(saved: Any, complete: bool = True) -> TrainOptions:
+    """The inverse of `to_json`.
+
+    Args:
+        complete: refuse missing options; else they have their defaults.
+    Raises: InputError naming the first option that is unknown, missing, or of another type, or
+        that `resolve` refuses.
+    """
+    if not isinstance(saved, dict):
+        raise InputError(f"options must be an object, not {saved!r}")
+    groups = {name: _group(name, kind, saved, complete) for name, kind in _GROUPS.items()}
+    out = _value("out", saved.get("out"), str | None)
+    for name in saved:
+        if name not in {*groups, "out", "resume"}:
+            raise InputError(f"unknown options {name}")
+    return resolve(TrainOptions(**groups, out=out))
+
+
+def _group(group: str, kind: type, saved: dict[str, Any], complete: bool) -> Any:
+    values = saved.get(group, {})
+    if not isinstance(values, dict):
+        raise InputError(f"{group} must be an object, not {values!r}")
+    kinds = typing.get_type_hints(kind)
+    for name in values:
+        if name not in kinds:
+            raise InputError(f"unknown option {group}.{name}")
+    for name in kinds:
+        if complete and name not in values:
+            raise InputError(f"{group}.{name} is missing")
+    return kind(**{name: _value(f"{group}.{name}", v, kinds[name]) for name, v in values.items()})
+
+
+def _value(name: str, value: Any, kind: Any) -> Any:
+    if not _fits(value, kind):
+        raise InputError(f"{name} is {value!r}, but must be {_describe(kind)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in choices
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return any(_fits(value, choice) for choice in choices)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_fits(v, choices[0]) for v in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _describe(kind: Any) -> str:
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(choices)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(_describe(choice) for choice in choices)
+    if typing.get_origin(kind) is tuple:
+        return f"a list, of each {_describe(choices[0])}"
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    return words.get(kind, "null")
