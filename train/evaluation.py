@@ -48,6 +48,14 @@ class Evaluation:
             if number
         ]
 
+    def by_class(self) -> dict[int, float]:
+        """Accuracy on the images of each class that has any, the least first."""
+        counts = self.confusion.sum(1)
+        shares = {
+            c: float(self.confusion[c, c] / counts[c]) for c in range(len(counts)) if counts[c]
+        }
+        return dict(sorted(shares.items(), key=lambda item: item[1]))
+
     def row(self) -> Row:
         """For metrics.jsonl."""
         return {

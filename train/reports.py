@@ -15,6 +15,9 @@ from mocapsnet.train.options import RunOptions
 from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
 from mocapsnet.train.run_folder import read_config
 
+# Classes whose accuracy is printed; of more, the least accurate.
+SHOWN = 20
+
 
 def report(command: RunOptions, pictures: bool = False) -> Evaluation:
     """Print the test accuracy of a run's last checkpoint; with `pictures` draw them as well.
@@ -45,6 +48,12 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
             f"{run}, after epoch {epochs_done}: test accuracy {tested.accuracy:.2%} "
             f"({tested.correct:,} of {tested.images:,}), loss {tested.loss:.4f} "
             f"(margin {tested.margin:.4f}, reconstruction {tested.reconstruction:.2f})"
+        )
+        by_class = tested.by_class()
+        shown = list(by_class.items())[:SHOWN]
+        print(
+            ("accuracy by class: " if len(shown) == len(by_class) else "least accurate classes: ")
+            + ", ".join(f"{test_set.name(c)} {share:.1%}" for c, share in shown)
         )
         mistakes = [
             f"{test_set.name(true)} taken for {test_set.name(guess)} ({count:,})"

@@ -142,7 +142,9 @@ def read_config(run: Path) -> TrainOptions:
     """
     path = run / CONFIG
     if not path.is_file():
-        what = "has no config.json, so it is not a run folder" if run.is_dir() else "does not exist"
+        what = "is not a folder" if run.exists() else "does not exist"
+        if run.is_dir():
+            what = "has no config.json, so it is not a run folder"
         raise InputError(f"{run} {what}; give a folder that `mocapsnet train` wrote")
     config = _read(path)
     check_format(config, path)

@@ -141,7 +141,7 @@ def test_help_as_a_process() -> None:
         ("train --dataset mnist --data-dir nowhere", "nowhere/MNIST/raw/train-images-idx3-ubyte"),
         ("train --out used", "used exists and is not an empty folder"),
         ("train --resume missing", "missing does not exist"),
-        ("train --resume used/file", "used/file does not exist"),
+        ("train --resume used/file", "used/file is not a folder; give a folder that"),
         ("train --resume used", "used has no config.json"),
         ("evaluate missing", "missing does not exist"),
         ("visualize used", "used has no config.json"),

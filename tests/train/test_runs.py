@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mocapsnet.train.evaluation import Evaluation
 from mocapsnet.train.trainer import Trainer
 
 from .helpers import (
@@ -199,6 +200,13 @@ def test_evaluate_gives_the_reported_accuracy(train: Train, command: Command) ->
     last = rows(run)[-1]
     assert f"test accuracy {last['test_accuracy']:.2%}" in output
     assert f"loss {last['test_loss']:.4f} (margin {last['test_margin']:.4f}" in output
+    assert output.split("accuracy by class: ")[1].splitlines()[0].count("%") == 10
+
+
+def test_accuracy_by_class() -> None:
+    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 0]])
+    tested = Evaluation(0.0, 0.0, 0.0, confusion)
+    assert list(tested.by_class().items()) == [(2, 0.0), (0, 0.75)]
 
 
 def test_visualize_draws_the_pictures_again(train: Train, command: Command) -> None:
