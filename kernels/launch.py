@@ -79,9 +79,10 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Runs kernel[grid](*args, **options); inside `recording` only notes it down.
 
-    Fused multiply-adds are asked for: Triton 3.10 no longer makes them unasked.
+    Fused multiply-adds are asked for, unless the options say no: Triton 3.10 no longer makes them
+    unasked.
     """
-    options["enable_fp_fusion"] = True
+    options.setdefault("enable_fp_fusion", True)
     if torch.version.hip:
         options = amd_options(options)
     recorded = _recorded.get()

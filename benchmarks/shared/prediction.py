@@ -15,7 +15,10 @@ import torch
 
 from mocapsnet.kernels.launch import Launch
 from mocapsnet.kernels.routing import triton as routing
-from mocapsnet.kernels.routing.weight_gradient import weight_gradient_kernel
+from mocapsnet.kernels.routing.weight_gradient import (
+    kept_weight_gradient_kernel,
+    weight_gradient_kernel,
+)
 
 from .compiled import Compiled, compiled, kinds
 
@@ -85,7 +88,7 @@ def trips(launch: Launch) -> int:
         return math.ceil(named["slices"] / named["BLOCK_S"])
     if launch.kernel is routing.kept_backward_kernel:
         return named["J"]
-    if launch.kernel is weight_gradient_kernel:
+    if launch.kernel in (weight_gradient_kernel, kept_weight_gradient_kernel):
         return math.ceil(named["B"] / named["BLOCK_B"])
     if "GAMMA" in named:
         return named["end"] - named["begin"]

@@ -326,3 +326,44 @@ def kept_backward_kernel(
         du = [du[k] + g * tl.load(p_W + k * J * D, d < D, 0).to(ACC) for k in KS]
     for k in tl.static_range(K):
         tl.store(du_ptr + (b * N + i) * K + k, tl.sum(du[k], 1, keep_dims=True), b < B)
+
+
+@triton.jit(do_not_specialize=["B", "N", "per_slice"])
+def kept_backward_dots_kernel(
+    W_ptr,
+    c_ptr,
+    ds_ptr,
+    du_ptr,
+    B,
+    N,
+    per_slice,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """du of a slice of the input capsules (8, 14), like `kept_backward_kernel`, on tensor cores.
+
+    ds is [B, J, D].
+    """
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
+    b = row[:, :, None]
+    j = tl.arange(0, BLOCK_J)[None, :, None]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    k = tl.arange(0, BLOCK_K)
+    w_k = k[:, None, None]
+    m_W = (w_k < K) & (j < J) & (d < D)
+    ds = tl.load(ds_ptr + b * J * D + j * D + d, (b < B) & (j < J) & (d < D), 0)
+    first = tl.program_id(1).to(tl.int64) * per_slice
+    for i in range(first, tl.minimum(first + per_slice, N)):
+        c = tl.load(c_ptr + (i * J + j) * B + b, (b < B) & (j < J), 0)
+        p_W = W_ptr + (i * K + w_k) * J * D + j * D + d
+        du = dots.input_gradient(c * ds, p_W, m_W, WARPS, PRECISION, ACC)
+        p_du = du_ptr + (row * N + i) * K + k[None, :]
+        tl.store(p_du, du, (row < B) & (k[None, :] < K))

@@ -12,13 +12,14 @@ from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
 from .reference import distance_scale
 from .streamed import (
     first_sum_kernel,
+    kept_backward_dots_kernel,
     kept_backward_kernel,
     output_gradient_kernel,
     output_kernel,
     streamed_backward_kernel,
     streamed_sum_kernel,
 )
-from .weight_gradient import weight_gradient
+from .weight_gradient import kept_weight_gradient_kernel, weight_gradient
 
 ON_CHIP_VOTES = 16384
 """Votes of one sample, sides padded to powers of two, that one program holds in registers."""
@@ -213,6 +214,9 @@ def backward(
     is_kept = kept.dim() == 3
     if not p.on_chip:
         output_gradients(dv, u, W, s, x, p, sda, full, is_kept)
+    if is_kept and p.dots:
+        kept_backward_dots(u, W, kept, x[0], du, dW, p)
+        return du, dW, x[0].sum(0) if with_bias else s.new_empty(0)
     if p.on_chip or is_kept:
         step = N
     else:
@@ -260,6 +264,44 @@ def backward(
             )
         weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, is_kept)
     return du, dW, x[: R if full else 1].sum((0, 1)) if with_bias else s.new_empty(0)
+
+
+def kept_backward_dots(
+    u: Tensor, W: Tensor, c: Tensor, ds: Tensor, du: Tensor, dW: Tensor, p: Plan
+) -> None:
+    """Fills du [B, N, K] and dW [N, K, J, D] on tensor cores, from couplings c [N, J, B]."""
+    (B, N, K), (J, D) = u.shape, W.shape[2:]
+    precision = split_precision(u, W)
+    options: dict[str, Any] = dict(
+        K=K,
+        J=J,
+        D=D,
+        WARPS=p.num_warps,
+        BLOCK_B=p.block_b,
+        BLOCK_K=max(padded(K), 8),
+        BLOCK_J=padded(J),
+        BLOCK_D=padded(D),
+        ACC=accumulation_type(u, W),
+        # c ds is in float32 whatever u and W are
+        PRECISION="rounded" if precision == "exact" else precision,
+        num_warps=p.num_warps,
+        num_stages=1,
+        enable_fp_fusion=False,  # fused, c ds - high needs an instruction more to negate `high`
+    )
+    launch(
+        kept_backward_dots_kernel,
+        (triton.cdiv(B, p.block_b), triton.cdiv(N, p.per_slice)),
+        *(W, c, ds, du, B, N, p.per_slice),
+        **options,
+    )
+    together = 2  # input capsules; 4 take 254 registers
+    launch(
+        kept_weight_gradient_kernel,
+        (triton.cdiv(N, together),),
+        *(u, c, ds, dW, B, N),
+        NS=tuple(range(together)),
+        **options,
+    )
 
 
 def output_gradients(
