@@ -181,8 +181,8 @@ def forward(
             *(partial, bias, s[r], v, V, slices, B),
             HAS_BIAS=has_bias,
             ADD=r > 0 and not sda,
-            BLOCK_S=max(1, 4096 // (padded(J) * padded(D))),
-            num_warps=4,
+            BLOCK_S=max(1, 16384 // (padded(J) * padded(D))),
+            num_warps=8,
             **sizes,
         )
     return v, s, kept
@@ -338,8 +338,8 @@ def output_gradients(
             UNIFORM=r == 0,
             ADD=r < R - 2 and not sda,
             KEPT=is_kept,
-            BLOCK_S=max(1, 4096 // (padded(J) * padded(D))),
-            num_warps=4,
+            BLOCK_S=max(1, 16384 // (padded(J) * padded(D))),
+            num_warps=8,
             **sizes,
         )
         if not full or r == 0:
