@@ -17,6 +17,7 @@ from . import __version__
 
 if TYPE_CHECKING:
     from mocapsnet.train.options import (
+        ExploreOptions,
         ExportOptions,
         ImportOptions,
         PredictOptions,
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
         TrainOptions,
     )
 
-    Command = TrainOptions | PredictOptions | ExportOptions | ImportOptions | RunOptions
+    Command = (
+        TrainOptions | ExploreOptions | PredictOptions | ExportOptions | ImportOptions | RunOptions
+    )
 
 # Import names of what `pip install "mocapsnet[train]"` adds.
 EXTRA = [
@@ -83,6 +86,7 @@ def _run(arguments: list[str]) -> None:
         return benchmark(arguments[1:])
 
     from mocapsnet.train.options import (
+        ExploreOptions,
         ExportOptions,
         ImportOptions,
         PredictOptions,
@@ -107,6 +111,10 @@ def _run(arguments: list[str]) -> None:
         from mocapsnet.train.import_published import import_published
 
         import_published(command)
+    elif isinstance(command, ExploreOptions):
+        from mocapsnet.train.explore import explore
+
+        explore(command)
     else:
         from mocapsnet.train.reports import report
 
@@ -148,6 +156,7 @@ def _cli(arguments: list[str], train: TrainOptions) -> Command:
     from mocapsnet.train.options import (
         BenchmarkOptions,
         EvaluateOptions,
+        ExploreOptions,
         ExportOptions,
         ImportOptions,
         PredictOptions,
@@ -163,6 +172,7 @@ def _cli(arguments: list[str], train: TrainOptions) -> Command:
         | Annotated[PredictOptions, subcommand("predict")]
         | Annotated[ExportOptions, subcommand("export")]
         | Annotated[ImportOptions, subcommand("import")]
+        | Annotated[ExploreOptions, subcommand("explore")]
         | Annotated[BenchmarkOptions, subcommand("benchmark")]
     )
     command = tyro.cli(

@@ -254,5 +254,19 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
+class ExploreOptions:
+    """Open a local page where one draws an image and sees what a network makes of it."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run folder that `mocapsnet train` wrote, or a folder that save_pretrained wrote."""
+    port: Annotated[int | None, arg(metavar="INT")] = None
+    """Port of the page, on this machine alone (None: one that is free)."""
+    no_browser: bool = False
+    """Do not open the page in a browser."""
+    data_dir: str | None = None
+    """Folder that holds the data sets' files, for test images (None: the one the run used)."""
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """Measure speed, memory and precision; `mocapsnet benchmark --help` lists the benchmarks."""
