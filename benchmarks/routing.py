@@ -37,7 +37,7 @@ SHAPES = {  # B, N, K, J, D
     "layer2-100-classes": (128, 32, 8, 100, 16),
 }
 SWEEPS = {  # around 128 samples, 288 input capsules, 32 output capsules
-    "B": [(b, 288, 8, 32, 8) for b in (1, 8, 32, 128, 512)],
+    "B": [(b, 288, 8, 32, 8) for b in (1, 2, 4, 8, 16, 32, 128, 512)],
     "N": [(128, n, 8, 32, 8) for n in (32, 128, 288, 576, 1152)],
     "J": [(128, 288, 8, j, 8) for j in (8, 16, 32, 64, 128)],
 }

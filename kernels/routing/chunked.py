@@ -2,13 +2,13 @@
 
 A chunk of input capsules is one batched matrix product into a reused buffer [n, J, D, B]. The
 batch comes last, so that every other step works on long contiguous rows, with the sums over D, J
-and input capsules outside of them. The equations are those of README.md.
+and input capsules outside of them. For few samples or votes there is `direct.py`. The equations are
+those of README.md.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..launch import accumulation_dtype
+from . import direct
 from .reference import distance_scale
+from .workspace import workspace
 
 KEPT_BYTES = 32 << 20
 """Last couplings up to this size are kept for backward; larger ones are recomputed there."""
@@ -42,30 +44,6 @@ def chunking(B: int, W: Tensor, itemsize: int) -> tuple[int, int]:
     return n, -(-N // n)
 
 
-class _Workspaces(threading.local):
-    """Memory by device and dtype, of each thread its own."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-
-_workspaces = _Workspaces()
-
-
-def workspace(like: Tensor, size: int) -> Tensor:
-    """Uninitialised memory that all calls of this thread share, one after the other.
-
-    Fresh memory of this size costs a page fault every 4 KB, more than what is computed in it.
-    """
-    key = (like.device, like.dtype)
-    held = _workspaces.held.get(key)
-    if held is None or held.numel() < size:
-        with torch.inference_mode(False):  # else it could not be used outside of it
-            held = torch.empty(size, dtype=like.dtype, device=like.device)
-        _workspaces.held[key] = held
-    return held[:size]
-
-
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
     """Shape of the couplings [N, J, B] that forward keeps; (0,) if it keeps none."""
     N, J, B = u.shape[1], W.shape[2], u.shape[0]
@@ -77,6 +55,8 @@ def forward(
     u: Tensor, W: Tensor, bias: Tensor | None, iterations: int, method: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns v [B, J, D], s of every iteration [R, B, J, D], and the kept couplings [N, J, B]."""
+    if direct.faster(len(u), W, method):
+        return direct.forward(u, W, bias, iterations, kept_shape(u, W, keep) != (0,))
     votes = Votes(batch_last(u, W), W, method)
     kept = votes.u.new_empty(kept_shape(u, W, keep))
     s_all, v_all = iterate(votes, bias, iterations, kept)
@@ -95,6 +75,8 @@ def backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns du [B, N, K], dW [N, K, J, D] and dbias [J, D] or [0], from dv [B, J, D]."""
+    if len(s_all) > 1 and routing_grad == "final" and direct.faster(len(u), W, method):
+        return direct.backward(grad_v, u, W, s_all, kept, with_bias)
     votes = Votes(batch_last(u, W), W, method)
     s = list(s_all.permute(0, 2, 3, 1).contiguous().unbind())  # [J, D, B] each, the bits of forward
     v = [] if len(kept) else [squash(s_r) for s_r in s]

@@ -17,7 +17,7 @@ from ..launch import (
     triton_installed,
 )
 from ..library import Operation
-from . import chunked, reference
+from . import chunked, direct, reference
 
 
 def routing(
@@ -146,6 +146,10 @@ def explain(
     if backend == "reference":
         return Explanation(backend, "eager PyTorch with all votes in memory", (), ())
     if backend == "chunked":
+        if direct.faster(len(u), W, method):
+            return Explanation(
+                backend, "PyTorch, all votes at once, as they are few", ("direct",), ("direct",)
+            )
         n, chunks = chunked.chunking(len(u), W, accumulation_dtype(u, W).itemsize)
         step = f"{chunks} chunks of {n} input capsules"
         return Explanation(

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mocapsnet.kernels import routing
-from mocapsnet.kernels.routing import chunked
+from mocapsnet.kernels import explain, routing
+from mocapsnet.kernels.routing import chunked, direct
 from mocapsnet.kernels.routing import reference as specification
 from mocapsnet.kernels.routing.op import routing_backward, routing_forward
 
@@ -37,6 +37,35 @@ def run(u, W, bias, g, **options):
 def small_chunks(monkeypatch):
     """About three input capsules per chunk: small problems have several, the last ragged."""
     monkeypatch.setattr(chunked, "chunk_bytes", lambda: 3 * 5 * 4 * 5 * 8)
+    monkeypatch.setattr(direct, "VOTES", 0)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("grad", GRADS)
+def test_few_votes_equal_the_reference_in_float64(grad, iterations, monkeypatch):
+    """All at once, which must run: the chunked form is broken."""
+    monkeypatch.setattr(chunked, "iterate", None)
+    if grad == "final" and iterations > 1:
+        monkeypatch.setattr(chunked, "differentiate", None)
+    for keep in (1 << 20, 0):
+        monkeypatch.setattr(chunked, "KEPT_BYTES", keep)
+        arguments = problem(B=4, N=11, K=3, J=5, D=5)
+        options = dict(routing_grad=grad, iterations=iterations)
+        expected = run(*arguments, **options, backend="reference")
+        for got, want in zip(run(*arguments, **options), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_which_shapes_are_routed_directly():
+    def faster(B, *shape, method="rba"):
+        return direct.faster(B, torch.empty(shape, device="meta"), method)
+
+    assert faster(1, 288, 8, 32, 8) and faster(8, 1152, 8, 32, 8) and faster(128, 32, 8, 10, 16)
+    assert not faster(16, 1152, 8, 32, 8) and not faster(8, 10000, 8, 100, 16)  # memory
+    assert not faster(1, 32, 8, 32, 8)  # a stack's layer
+    assert not faster(1, 288, 8, 32, 8, method="sda")
+    u, W = torch.empty(1, 288, 8, device="meta"), torch.empty(288, 8, 32, 8, device="meta")
+    assert "all votes at once" in str(explain(u, W))
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
@@ -52,7 +81,9 @@ def test_equals_the_reference_in_float64(method, grad, iterations, small_chunks)
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keep", [True, False])
-def test_kept_and_recomputed_couplings_give_the_same_bits(method, keep, monkeypatch):
+@pytest.mark.parametrize("votes", [0, 1 << 20], ids=["chunked", "direct"])
+def test_kept_and_recomputed_couplings_give_the_same_bits(method, keep, votes, monkeypatch):
+    monkeypatch.setattr(direct, "VOTES", votes)
     arguments = problem(B=4, N=11, K=3, J=5, D=5)
     once = run(*arguments, method=method)
     monkeypatch.setattr(chunked, "KEPT_BYTES", (1 << 20) * keep)
