@@ -62,7 +62,8 @@ def buffers(x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for all votes [N, B, J, D], twice."""
     N, B, _ = x.shape
     shape = (2, N, B, *W.shape[2:])
-    return workspace(x, math.prod(shape)).view(shape).unbind()
+    votes, scratch = workspace(x, math.prod(shape)).view(shape)
+    return votes, scratch
 
 
 def couplings(votes: Tensor, state: Tensor, scratch: Tensor) -> Tensor:
