@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         self.image_shape = image_shape
 
     def forward(self, capsules: Tensor) -> Tensor:
-        weight = next(self.layers.parameters())
+        weight = next(self.layers.parameters(), capsules)  # none in quantised layers
         pixels = self.layers(capsules.flatten(1).to(weight.dtype))
         return pixels.to(capsules.dtype).unflatten(1, self.image_shape)
 
@@ -254,7 +254,7 @@ class CapsNet(Pretrained):
                 f"images must be [B, {', '.join(map(str, self.config.image_shape))}]; "
                 f"got {list(images.shape)}"
             )
-        weight = next(self.convolutions.parameters())
+        weight = next(self.convolutions.parameters(), images)
         if images.is_floating_point():
             images = images.to(weight.dtype)
         features = self.convolutions(images)

@@ -168,10 +168,11 @@ def refuse_backward(ctx: Any) -> None:
     """Raises if calling the layers again would not give what forward had, or gradients get lost."""
     if ctx.refused is not None:
         raise ValueError(ctx.refused)
-    if any(not h.tensor.is_inference() and h.tensor._version != h.version for h in ctx.held):
+    if any(h.changed() for h in ctx.held):
         raise RuntimeError(
             "parameters or buffers of a reversible stack were changed between forward and "
-            'backward, perhaps by an optimizer step; go backward first, or use memory="stored"'
+            "backward, perhaps by an optimizer step or requires_grad_(); go backward first, or use "
+            'memory="stored"'
         )
     for n, layer in enumerate(ctx.layers):
         if meaning(layer) != ctx.meanings[n]:

@@ -12,18 +12,24 @@ from torch.nn.modules import module
 
 
 class Held(NamedTuple):
-    """A parameter or buffer in its place, and its count of in-place changes."""
+    """A parameter or buffer in its place, its count of in-place changes, and its requires_grad."""
 
     place: dict[str, Any]
     name: str
     tensor: Tensor
     version: int
+    differentiated: bool
+
+    def changed(self) -> bool:
+        if self.tensor.requires_grad != self.differentiated:
+            return True
+        return not self.tensor.is_inference() and self.tensor._version != self.version
 
 
 def held(layers: Iterable[nn.Module]) -> list[Held]:
     """Parameters and buffers of layers; inference tensors count no changes."""
     return [
-        Held(place, name, t, 0 if t.is_inference() else t._version)
+        Held(place, name, t, 0 if t.is_inference() else t._version, t.requires_grad)
         for layer in layers
         for m in layer.modules()
         for place in (m._parameters, m._buffers)
@@ -58,9 +64,9 @@ def meaning(layer: nn.Module) -> tuple[Any, ...]:
             (
                 m,
                 type(m),
-                tuple(m._parameters),
-                tuple(m._buffers),
-                type(m).forward,
+                tuple(m._parameters.keys()),  # of scripted modules no dicts
+                tuple(m._buffers.keys()),
+                getattr(type(m), "forward", None),
                 vars(m).get("forward"),
                 m.training,
                 tuple(m._forward_hooks),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from mocapsnet import MomentumStack, ResidualStack
 
@@ -213,3 +214,35 @@ def test_checkpoint_around_a_stack():
 
     got = grad(lambda x: checkpoint(stack, x, use_reentrant=False))
     torch.testing.assert_close(got, grad(stack))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, that scripting and tracing are old
+def test_scripted_traced_and_compiled_layers():
+    x = torch.randn(3, 6, requires_grad=True)
+    layer = Branch(6)
+    want, *grads = [
+        torch.autograd.grad(MomentumStack([made])(x).sum(), x)
+        for made in (layer, torch.jit.script(layer), torch.jit.trace(layer, x))
+    ]
+    for got in grads:
+        torch.testing.assert_close(got, want)
+    compiled = [torch.compile(Branch(6, dropout=0.5), backend="aot_eager") for _ in range(2)]
+    compiled[1].compile(backend="aot_eager")
+    agree(compiled, x.detach())
+
+
+def test_operations_are_counted_with_those_of_the_second_calls():
+    stack, x = MomentumStack([nn.Linear(6, 6) for _ in range(2)]), torch.randn(3, 6)
+    stack(x)  # the first looks at the layers
+    with FlopCounterMode(display=False) as counter:
+        stack(x.requires_grad_()).sum().backward()
+    product = 2 * 3 * 6 * 6
+    # forward, the look at layers which the counter's hooks change, the call in backward, gradients
+    assert counter.get_total_flops() == 2 * product * (1 + 1 + 1 + 2)
+
+
+def test_a_stack_inside_of_a_layer_of_a_stack():
+    agree(
+        [nn.Sequential(MomentumStack([Branch(6), Branch(6)]), nn.Linear(6, 6)) for _ in range(2)],
+        torch.randn(3, 6),
+    )

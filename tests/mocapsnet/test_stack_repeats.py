@@ -186,6 +186,14 @@ def test_a_buffer_changed_between_forward_and_backward_is_refused():
         y.sum().backward()
 
 
+def test_freezing_between_forward_and_backward_is_refused():
+    stack = MomentumStack([Branch(6)])
+    y = stack(torch.randn(3, 6))
+    stack.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="were changed between.*requires_grad_"):
+        y.sum().backward()
+
+
 def test_options_and_layers_changed_after_forward_are_those_of_forward():
     stack, x, g = MomentumStack([Branch(6).double() for _ in range(4)]), *torch.randn(2, 3, 6)
     x, g = x.double(), g.double()
