@@ -327,7 +327,9 @@ def test_mixed_dtypes(form, device):
     low = u.bfloat16()
     got = routing(low, W, backend="triton")
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, routing(low.float(), W, backend="triton"), rtol=1e-5, atol=1e-6)
+    # the same bits, but where other products are made of float32 inputs than of bfloat16
+    close = dict(rtol=1e-5, atol=1e-6) if form == "tensor cores" else dict(rtol=0, atol=0)
+    torch.testing.assert_close(got, routing(low.float(), W, backend="triton"), **close)
 
 
 @pytest.mark.parametrize("precision, dots", [("highest", "ieee"), ("high", "tf32")])
