@@ -186,7 +186,7 @@ def benchmark(title: str, name: str, options: str, folder: Path, limit: float) -
     return Part(
         title,
         shlex.join(["mocapsnet", *words]),
-        (sys.executable, "-m", "mocapsnet.train", *words, "--output", str(folder)),
+        (sys.executable, "-m", "mocapsnet", *words, "--output", str(folder)),
         limit,
         results=name,
     )

@@ -47,7 +47,7 @@ def most_spills(kernel, mode, architecture):
 
 def compile_and_check(architecture, dtype, only, folder):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "mocapsnet.train", "benchmark", "static", "--only", only]
+    command = [sys.executable, "-m", "mocapsnet", "benchmark", "static", "--only", only]
     command += ["--architecture", architecture, "--dtype", dtype, "--output", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
