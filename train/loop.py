@@ -50,6 +50,8 @@ def train(options: TrainOptions) -> Path:
                     print(f"{run} is finished, {epochs} of {epochs} epochs; give --epochs to go on")
                 return run
         train_set, test_set = load_data(options.data, accelerator)
+        if not new:
+            run_folder.check_images(run, train_set)
         _check_fit(options, train_set, accelerator)
         model = build(options, train_set)
         if new:

@@ -13,7 +13,7 @@ from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.metrics import describe_damage, read_rows
 from mocapsnet.train.options import RunOptions
 from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
-from mocapsnet.train.run_folder import read_config
+from mocapsnet.train.run_folder import check_images, read_config
 
 # Classes whose accuracy is printed; of more, the least accurate.
 SHOWN = 20
@@ -38,6 +38,7 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
     accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
     make_repeatable(options.optim.seed)
     _, test_set = load_data(source, accelerator)
+    check_images(run, test_set)
     model = build(options, test_set)
     checkpoints.load_weights(checkpoint, model)
     accelerator.prepare(model)

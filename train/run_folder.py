@@ -154,6 +154,25 @@ def read_config(run: Path) -> TrainOptions:
         raise InputError(f"{path}: {error}") from error
 
 
+def check_images(run: Path, images: data.ImageSet) -> None:
+    """Raises: InputError if a run knows other classes, or images of another shape, than these."""
+    config = _read(run / CONFIG)
+    for name, now in (("classes", images.classes), ("image_shape", images.image_shape)):
+        then = config.get(name, list(now))  # the first runs did not write them down
+        if then != list(now):
+            then = then if isinstance(then, list) else [then]
+            shown: tuple[Any, Any] = (now, then)
+            if name == "classes":  # those that the other does not have, if there are any
+                new, gone = [c for c in now if c not in then], [c for c in then if c not in now]
+                shown = (new or now, gone or then)
+            have, had = (", ".join(map(str, s[:5])) + ", ..." * (len(s) > 5) for s in shown)
+            raise InputError(
+                f"the images are not those of {run}: {name.replace('_', ' ')} {have} where "
+                f"{run / CONFIG} has {had}; give the data set of that run, with --data-dir where "
+                "it has moved, or train a new run"
+            )
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())

@@ -326,3 +326,29 @@ def test_train_resume_evaluate_visualize(command: Command, tmp_path: Path) -> No
     code, output, errors = command("evaluate", "run", "--device", "cpu")
     assert code == 0, errors
     assert "ant taken for bee (" in output and "bee taken for ant (" in output
+
+
+def test_a_run_refuses_other_classes_and_shapes(command: Command) -> None:
+    """Of as many classes with other names nothing else would tell, but a wrong accuracy."""
+    for root, size in (("images", (12, 12)), ("others", (12, 12)), ("wide", (12, 14))):
+        for split in ("train", "test"):
+            write_folder(Path(root, split), size=size)
+    for split in ("train", "test"):
+        Path("others", split, "bee").rename(Path("others", split, "wasp"))
+    sizes = "--channels 16 --kernel-size 3 --capsules 4 --decoder 16 --device cpu".split()
+    start = ["train", "--dataset", "folder", "--data-dir", "images", *sizes]
+    code, _, errors = command(*start, "--epochs", "1", "--out", "run")
+    assert code == 0, errors
+    kept = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    for wrong, told in (
+        ("others", "classes wasp where run/config.json has bee; give"),
+        ("wide", "image shape 1, 12, 14 where run/config.json has 1, 12, 12; give"),
+    ):
+        for words in (
+            ["evaluate", "run", "--device", "cpu"],
+            ["visualize", "run", "--device", "cpu"],
+            ["train", "--resume", "run", "--epochs", "2"],
+        ):
+            code, _, errors = command(*words, "--data-dir", wrong)
+            assert code == 2 and told in errors and errors.count("\n") == 1, errors
+    assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == kept
