@@ -78,19 +78,35 @@ def run(function, inputs, g, **options):
     return [out.detach(), *(x.grad for x in leaves)]
 
 
-def assert_as_good_as_eager(function, inputs, g, factor=2):
+def assert_as_good_as_eager(function, inputs, g, shuffles=0):
     """Element by element at most twice as far from the float64 truth as eager code's worst element
     in the same dtype, plus one unit of the largest element; in float64 the truth is eager code
-    itself, and sums of under 100 terms leave a relative difference far below 1e-10."""
-    truth = run(function, [x.double() for x in inputs], g.double(), backend="reference")
-    eager = run(function, inputs, g, backend="reference")
+    itself, and sums of under 100 terms leave a relative difference far below 1e-10.
+
+    Eager code's worst element is that for these inputs and for so many shuffles of their elements.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def shuffled(x):
+        order = torch.randperm(x.numel(), generator=generator)
+        return x.flatten()[order.to(x.device)].view(x.shape)
+
+    def eager_and_truth(inputs, g):
+        wide = [x.double() for x in inputs]
+        truth = run(function, wide, g.double(), backend="reference")
+        return run(function, inputs, g, backend="reference"), truth
+
+    eager, truth = eager_and_truth(inputs, g)
+    pairs = [(eager, truth)]
+    pairs += [eager_and_truth([shuffled(x) for x in inputs], shuffled(g)) for _ in range(shuffles)]
     got = run(function, inputs, g, backend="triton")
-    for x, e, t in zip(got, eager, truth, strict=True):
+    for i, (x, e, t) in enumerate(zip(got, eager, truth, strict=True)):
         assert x.dtype == e.dtype and x.shape == e.shape
         if x.numel():
             unit = 1e-10 if x.dtype == torch.float64 else torch.finfo(x.dtype).eps
             floor = unit * t.abs().max()
-            assert ((x - t).abs() <= factor * (e - t).abs().max() + floor).all()
+            worst = max((es[i] - ts[i]).abs().max() for es, ts in pairs)
+            assert ((x - t).abs() <= 2 * worst + floor).all()
 
 
 def routed(mode):
@@ -144,9 +160,9 @@ def test_votes(shape, dtype, device):
 def test_routing(mode, shape, dtype, form, device):
     B, N, K, J, D = shape
     u, W, bias, g = tensors(device, dtype, (B, N, K), (N, K, J, D), (J, D), (B, J, D))
-    # eager code's worst of so few elements is a matter of luck; a larger problem is held to 2 below
-    factor = 4 if form == "tensor cores" and dtype == torch.float32 else 2
-    assert_as_good_as_eager(routed(mode), [u, W, bias], g, factor)
+    # Products of parts round otherwise than eager code, whose worst of few elements may be lucky.
+    shuffles = 7 if form == "tensor cores" and dtype == torch.float32 else 0
+    assert_as_good_as_eager(routed(mode), [u, W, bias], g, shuffles)
 
 
 @pytest.mark.slow
