@@ -24,6 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from mocapsnet import Preprocessing
 from mocapsnet.train import data
 
 from .shared import measure, report
@@ -124,7 +125,7 @@ def pipeline(args: argparse.Namespace) -> float:
     def epoch() -> None:
         order, offsets = (t.to(args.device) for t in data.epoch_order(count, 2, 0, 0))
         for share, crop in zip(order.split(args.batch), offsets.split(args.batch), strict=True):
-            data.training_batch(train_set, share, crop, 2)
+            data.training_batch(train_set, share, crop, 2, Preprocessing())
 
     seconds = measure.interleaved({"epoch": epoch}, args.repetitions, args.device)["epoch"]
     return count / measure.quartiles(seconds)[1]

@@ -29,12 +29,15 @@ def tensor(name: str, x: Tensor, shape: str) -> None:
         )
 
 
-def routing_options(iterations: int, method: str, routing_grad: str, sda_mean: str) -> None:
+def routing_options(
+    iterations: int, method: str, routing_grad: str, sda_mean: str, sda_scale: str
+) -> None:
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be an integer of at least 1; got {iterations!r}")
     choice("method", method, ("rba", "sda"))
     choice("routing_grad", routing_grad, ("final", "full"))
     choice("sda_mean", sda_mean, ("input", "batch"))
+    choice("sda_scale", sda_scale, ("paper", "published"))
 
 
 def capsules_and_weight(u: Tensor, W: Tensor) -> None:

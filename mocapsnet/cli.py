@@ -135,6 +135,11 @@ def parse(arguments: list[str]) -> Command:
     if not isinstance(command, TrainOptions):
         return command
     if command.resume is None:
+        if command.recipe is not None:
+            from mocapsnet.train import recipes
+
+            command = _cli(arguments, recipes.defaults(command))
+            assert isinstance(command, TrainOptions)
         return resolve(command)
 
     from mocapsnet.train.run_folder import read_config

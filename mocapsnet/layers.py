@@ -61,8 +61,10 @@ class CapsuleLayer(nn.Module):
 
     Args:
         in_capsules: N, in_dim: K, out_capsules: J, out_dim: D.
-        iterations, method, routing_grad, sda_mean, backend: see `mocapsnet.kernels.routing`.
-        bias: adds a learned vector [J, D] to the weighted sums, zero at the start.
+        iterations, method, routing_grad, sda_mean, sda_scale, backend: see
+            `mocapsnet.kernels.routing`.
+        bias: adds a learned vector [J, D] to the weighted sums; `bias_init` is the value of all its
+            components at the start.
         init: "length" or "paper".
         in_length: expected root mean square length of the input capsules, in (0, 1] as a rule.
         sum_length: wanted root mean square length of the weighted sums.
@@ -81,7 +83,9 @@ class CapsuleLayer(nn.Module):
         method: str = "rba",
         routing_grad: str = "final",
         sda_mean: str = "input",
+        sda_scale: str = "paper",
         bias: bool = False,
+        bias_init: float = 0.0,
         init: str = "length",
         in_length: float = 0.5,
         sum_length: float = 0.5,
@@ -93,7 +97,7 @@ class CapsuleLayer(nn.Module):
             raise ValueError(
                 f"in_capsules, in_dim, out_capsules and out_dim must be positive; got {sizes}"
             )
-        routing_options(iterations, method, routing_grad, sda_mean)
+        routing_options(iterations, method, routing_grad, sda_mean, sda_scale)
         if init not in ("length", "paper"):
             raise ValueError(f"init must be 'length' or 'paper'; got {init!r}")
         if min(in_length, sum_length) <= 0:
@@ -104,6 +108,8 @@ class CapsuleLayer(nn.Module):
         self.method = method
         self.routing_grad = routing_grad
         self.sda_mean = sda_mean
+        self.sda_scale = sda_scale
+        self.bias_init = bias_init
         self.backend = backend
         self.std = 0.01
         if init == "length":
@@ -116,7 +122,7 @@ class CapsuleLayer(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            nn.init.constant_(self.bias, self.bias_init)
 
     def forward(self, u: Tensor) -> Tensor:
         return routing(
@@ -127,6 +133,7 @@ class CapsuleLayer(nn.Module):
             routing_grad=self.routing_grad,
             bias=self.bias,
             sda_mean=self.sda_mean,
+            sda_scale=self.sda_scale,
             backend=self.backend,
         )
 
@@ -139,16 +146,17 @@ class CapsuleLayer(nn.Module):
         capsules_and_weight(u, self.weight)
         dtype = torch.promote_types(u.dtype, self.weight.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        modes = (self.iterations, self.method, self.routing_grad, bias, self.sda_mean)
+        modes = (self.iterations, self.method, self.routing_grad, bias)
         with full_precision(u):
-            steps = rounds(u.to(dtype), self.weight.to(dtype), *modes)
+            sda = (self.sda_mean, self.sda_scale)
+            steps = rounds(u.to(dtype), self.weight.to(dtype), *modes, *sda)
             return torch.stack([c for c, _ in steps])
 
     @property
     def options(self) -> tuple[object, ...]:
         """All that layers must have in common to be run by one fused operation."""
-        modes = (self.iterations, self.method, self.routing_grad, self.sda_mean, self.backend)
-        return (*modes, self.weight.shape, self.weight.dtype, self.bias is None)
+        modes = (self.iterations, self.method, self.routing_grad, self.sda_mean, self.sda_scale)
+        return (*modes, self.backend, self.weight.shape, self.weight.dtype, self.bias is None)
 
     def extra_repr(self) -> str:
         N, K, J, D = self.weight.shape

@@ -36,8 +36,10 @@ class CapsNetConfig:
             makes primary capsules of `capsule_dim` channels.
         grouping: see `PrimaryCapsules`.
         decoder: units of the decoder's hidden layers.
-        iterations, method, routing_grad, sda_mean, routing_backend: see
+        iterations, method, routing_grad, sda_mean, sda_scale, routing_backend: see
             `mocapsnet.kernels.routing`.
+        bias: every capsule layer has a learned bias that starts so, see `CapsuleLayer`; None for
+            none.
         init: "length" or "paper", see `CapsuleLayer` and `CapsNet`.
         gamma, velocity, memory, anchor_every: see `MomentumStack`; used by `MoCapsNet` only.
         skip: "once", as in the paper, or "twice", every block adds its input once more, as in the
@@ -60,6 +62,8 @@ class CapsNetConfig:
     method: str = "rba"
     routing_grad: str = "final"
     sda_mean: str = "input"
+    sda_scale: str = "paper"
+    bias: float | None = None
     init: str = "length"
     gamma: float = 0.9
     velocity: str = "network"
@@ -86,6 +90,8 @@ class CapsNetConfig:
             raise ValueError(f"decoder: every width must be at least 1; got {self.decoder}")
         if not 0 < self.gamma < 1:
             raise ValueError(f"gamma must lie between 0 and 1, both excluded; got {self.gamma}")
+        if self.bias is not None:
+            checks.number("bias", self.bias, -math.inf)
         if self.blocks < 0:
             raise ValueError(f"blocks must be at least 0; got {self.blocks}")
         if self.channels < 1 or self.channels % self.capsule_dim:
@@ -219,6 +225,9 @@ class CapsNet(Pretrained):
             method=c.method,
             routing_grad=c.routing_grad,
             sda_mean=c.sda_mean,
+            sda_scale=c.sda_scale,
+            bias=c.bias is not None,
+            bias_init=c.bias or 0.0,
             init=c.init,
             backend=c.routing_backend,
         )

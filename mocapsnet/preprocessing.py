@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,7 +71,10 @@ class Preprocessing:
             return normalise(pixels)
         if self.normalisation == "none":
             return pixels
-        mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (
+            torch.stack([pixels.new_full((1, 1), value) for value in values or ()])  # no copy waits
+            for values in (self.mean, self.std)
+        )
         if mean.numel() not in (1, pixels.shape[1]):
             raise ValueError(
                 f"mean and std have {mean.numel()} channels, the images {pixels.shape[1]}"

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from .model import CapsNet
 
-FORMAT = 1
+# A new field of the network needs a new format: in files of an older one it has its default.
+FORMAT = 2
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
@@ -169,7 +170,7 @@ def _read(folder: Path, wanted: type[CapsNet]) -> CapsNet:
     try:
         name, network = config["model"], config["network"]
         missing = {f.name for f in dataclasses.fields(CapsNetConfig)} - network.keys()
-        if missing:
+        if missing and config["format"] == FORMAT:
             raise KeyError(f"network.{min(missing)}")
         shape, decoder = tuple(network["image_shape"]), tuple(network["decoder"])
         options = network | {"image_shape": shape, "decoder": decoder}

@@ -203,7 +203,7 @@ class MomentumStack(CapsuleStack):
             and first.weight.shape == (*x.shape[1:], *x.shape[1:])
             and torch.promote_types(first.weight.dtype, x.dtype) == x.dtype
             and first.backend != "reference"
-            and first.sda_mean == "input"
+            and (first.sda_mean, first.sda_scale) == ("input", "paper")
         )
         return layers if fits else []
 

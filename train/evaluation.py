@@ -73,14 +73,16 @@ def evaluate(
     criterion: CapsuleLoss,
     images: data.ImageSet,
     batch_size: int,
+    target: str = "pixels",
 ) -> Evaluation:
-    """Run the model over all images, centre-cropped; the decoder gets the predicted class.
+    """Run the model over all images, as they are; the decoder gets the predicted class.
 
     Collective: each process takes its share, all get the result.
 
     Args:
         model: the bare model, as data parallelism would wait for processes without images.
         batch_size: images per forward pass over all processes.
+        target: what the decoder is to draw, see `OptimOptions.reconstruction_target`.
     """
     was_training = model.training
     model.eval()
@@ -94,8 +96,9 @@ def evaluate(
             if len(share):
                 labels = images.labels[share]
                 pixels = data.to_pixels(images.images[share])
-                out = model(data.normalise(pixels))
-                loss = criterion(out, pixels, labels)
+                given = model.preprocessing(pixels)
+                out = model(given)
+                loss = criterion(out, pixels if target == "pixels" else given, labels)
                 parts.append(torch.stack([loss.total, loss.margin, loss.reconstruction]).float())
                 pairs.append(labels * classes + out.lengths.argmax(1))
             progress.update(len(batch))

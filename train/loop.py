@@ -49,7 +49,7 @@ def train(options: TrainOptions) -> Path:
                     epochs = options.optim.epochs
                     print(f"{run} is finished, {epochs} of {epochs} epochs; give --epochs to go on")
                 return run
-        train_set, test_set = load_data(options.data, accelerator)
+        train_set, test_set = load_data(options.data, accelerator, options.optim.seed)
         if not new:
             run_folder.check_images(run, train_set)
         _check_fit(options, train_set, accelerator)
@@ -97,6 +97,7 @@ def _train(
 ) -> None:
     """The epochs of a run, from its last checkpoint, and its end."""
     batch_size, epochs = options.optim.batch_size, options.optim.epochs
+    target = options.optim.reconstruction_target
     steps_per_epoch = -(-len(train_set) // batch_size)
     optimizer, schedule = build_optimizer(
         options.optim, bare_model.parameters(), epochs * steps_per_epoch
@@ -121,7 +122,9 @@ def _train(
         )
 
     criterion = CapsuleLoss(options.optim.reconstruction_weight)
-    trainer = Trainer(accelerator, model, criterion, optimizer, train_set, options)
+    trainer = Trainer(
+        accelerator, model, criterion, optimizer, train_set, bare_model.preprocessing, options
+    )
     tested: Evaluation | None = None
     epoch = epochs_done
     resume = f"mocapsnet train --resume {run}"
@@ -131,7 +134,7 @@ def _train(
                 row = trainer.epoch(epoch, f"last good checkpoint: {checkpoint}")
                 if schedule is not None:
                     schedule.step()
-                tested = evaluate(accelerator, bare_model, criterion, test_set, batch_size)
+                tested = evaluate(accelerator, bare_model, criterion, test_set, batch_size, target)
                 row |= tested.row()
                 _check_finite(bare_model, tested, row, checkpoint)
                 if log is not None:
@@ -153,7 +156,7 @@ def _train(
             f"continue with: {resume}"
         ) from error
     if tested is None:
-        tested = evaluate(accelerator, bare_model, criterion, test_set, batch_size)
+        tested = evaluate(accelerator, bare_model, criterion, test_set, batch_size, target)
     if log is not None:
         log.close()
         write_pictures(run, log.rows, bare_model, test_set, tested)

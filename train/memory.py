@@ -51,9 +51,10 @@ def parameters(config: CapsNetConfig) -> int:
     first = c.primary_capsules * c.capsule_dim * c.capsules * c.capsule_dim
     blocks = 2 * c.blocks * (c.capsules * c.capsule_dim) ** 2
     last = c.capsules * c.capsule_dim * c.classes * c.class_dim
+    biases = (2 * c.blocks + 1) * c.capsules * c.capsule_dim + c.classes * c.class_dim
     widths = [c.classes * c.class_dim, *c.decoder, math.prod(c.image_shape)]
     decoder = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
-    return convolutions + first + blocks + last + decoder
+    return convolutions + first + blocks + last + decoder + (c.bias is not None) * biases
 
 
 def feature_numbers(config: CapsNetConfig) -> int:

@@ -23,7 +23,8 @@ def build_optimizer(
         parameters: what to optimise.
         steps: optimiser steps in the whole run. Ranger21 warms up over the first steps (at most
             2,000, or 22 % of a short run) and down over the last 28 %, so it needs the true
-            number; it gets no schedule besides its own.
+            number, unless `planned_steps` says for how many an epoch to plan: the rate stays where
+            the warm-down ends, or does not get there. It gets no schedule besides its own.
     """
     if options.optimizer == "adam":
         adam = Adam(parameters, lr=options.lr)
@@ -32,6 +33,8 @@ def build_optimizer(
 
     # min(): its warm-down ends at 3e-5 whatever lr is, and would rise for a smaller lr.
     warm_down_min_lr = min(3e-5, options.lr)
+    if options.planned_steps is not None:
+        steps = options.epochs * options.planned_steps
     return Ranger21(
         parameters, num_iterations=steps, lr=options.lr, warm_down_min_lr=warm_down_min_lr
     ), None

@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from mocapsnet.preprocessing import Preprocessing
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import (
     PRESETS,
@@ -19,6 +20,7 @@ from mocapsnet.train.options import (
     MachineOptions,
     ModelOptions,
     OptimOptions,
+    RecipeName,
     TrainOptions,
 )
 
@@ -32,6 +34,9 @@ RESUMABLE = {
     "machine.device",
     "resume",
 }
+
+# Mean and deviation of pixels by which the published code normalises; 0.5 and 0.5 for others.
+PUBLISHED_PIXELS = {"mnist": (0.1307, 0.3081)}
 
 _GROUPS: dict[str, type] = {
     "data": DataOptions,
@@ -58,18 +63,31 @@ def resolve(options: TrainOptions) -> TrainOptions:
         }
         return dataclasses.replace(group, **missing)
 
+    data = fill(options.data)
+    if data.normalisation == "fixed" and data.pixel_mean is None and data.pixel_std is None:
+        mean, std = PUBLISHED_PIXELS.get(data.dataset, (0.5, 0.5))
+        data = dataclasses.replace(data, pixel_mean=(mean,), pixel_std=(std,))
     options = dataclasses.replace(
-        options, data=fill(options.data), model=fill(options.model), optim=fill(options.optim)
+        options, data=data, model=fill(options.model), optim=fill(options.optim)
     )
     _check_ranges(options)
     _check_use(options)
+    preprocessing(options.data)
     return options
+
+
+def preprocessing(options: DataOptions) -> Preprocessing:
+    """How pixels are normalised. Raises: InputError if mean and deviation cannot be used."""
+    try:
+        return Preprocessing(options.normalisation, options.pixel_mean, options.pixel_std)
+    except ValueError as error:
+        raise InputError(f"--pixel-mean and --pixel-std: {error}") from error
 
 
 def _check_ranges(options: TrainOptions) -> None:
     values = flat(options)
     positive = "optim.epochs optim.batch_size optim.gradient_accumulation optim.lr data.limit"
-    for name in [*positive.split(), "data.image_size"]:
+    for name in [*positive.split(), "data.image_size", "optim.planned_steps"]:
         if values[name] is not None and not 0 < values[name] < math.inf:
             raise InputError(f"{flag(name)} must be greater than 0, got {values[name]}")
     seeds = ["optim.seed", "data.split_seed"]
@@ -112,6 +130,12 @@ def _check_use(options: TrainOptions) -> None:
             [f"model.{n}" for n in ("gamma", "velocity", "memory", "anchor_every")],
             f"is for --model mocapsnet; {options.model.name} has no momentum",
         )
+    if options.model.method != "sda":
+        refuse(["model.sda_scale"], "is for --method sda")
+    if options.optim.optimizer != "ranger21":
+        refuse(["optim.planned_steps"], "is for --optimizer ranger21")
+    if options.data.pad == 0:
+        refuse(["data.test_crop"], "needs --pad of at least 1")
 
 
 def flat(options: Any, prefix: str = "") -> dict[str, Any]:
@@ -167,10 +191,11 @@ def from_json(saved: Any, complete: bool = True) -> TrainOptions:
         raise InputError(f"options must be an object, not {saved!r}")
     groups = {name: _group(name, kind, saved, complete) for name, kind in _GROUPS.items()}
     out = _value("out", saved.get("out"), str | None)
+    recipe = _value("recipe", saved.get("recipe"), RecipeName | None)
     for name in saved:
-        if name not in {*groups, "out", "resume"}:
+        if name not in {*groups, "recipe", "out", "resume"}:
             raise InputError(f"unknown options {name}")
-    return resolve(TrainOptions(**groups, out=out))
+    return resolve(TrainOptions(**groups, recipe=recipe, out=out))
 
 
 def _group(group: str, kind: type, saved: dict[str, Any], complete: bool) -> Any:

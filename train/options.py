@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "folder"]
 ModelName = Literal["mocapsnet", "rescapsnet", "capsnet"]
+RecipeName = Literal["published"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ class DataOptions:
     pad: Annotated[Size, preset("pad: Pixels padded on each side for the random crop.")] = (
         FROM_PRESET
     )
+    normalisation: Literal["image", "fixed", "none"] = "image"
+    """Zero mean and unit variance of each image, or a fixed mean and deviation subtracted and
+    divided by, or pixels as they are."""
+    pixel_mean: tuple[float, ...] | None = None
+    """With --normalisation fixed, the mean, one or one a channel, of pixels in [0, 1] (None: as in
+    the published code, mnist 0.1307, others 0.5)."""
+    pixel_std: tuple[float, ...] | None = None
+    """With --normalisation fixed, the deviation (None: mnist 0.3081, others 0.5)."""
+    test_crop: Literal["centre", "random"] = "centre"
+    """Test images as they are, or each cropped at random as in training, drawn from --seed: another
+    seed tests other crops."""
     limit: int | None = None
     """Use only the first N training images and the first N test images (None: all)."""
     image_size: int | None = None
@@ -121,6 +133,12 @@ class ModelOptions:
     """Gradient through the last routing iteration only, or through all of them."""
     sda_mean: Literal["input", "batch"] = "input"
     """Mean distance of SDA per input capsule, or over the batch as in the published code."""
+    sda_scale: Literal["paper", "published"] = "paper"
+    """Scale of SDA's logits as in its paper, or as in the published code, which leaves out a
+    parenthesis."""
+    bias: float | None = None
+    """Every capsule layer adds a learned bias before squash, which starts at this value (None: no
+    bias; the published code has 0.1 with SDA)."""
     init: Literal["length", "paper"] = "length"
     """Length-preserving initial weights, or the paper's N(0, 0.01)."""
     gamma: float = 0.9
@@ -144,6 +162,9 @@ class OptimOptions:
 
     optimizer: Literal["adam", "ranger21"] = "adam"
     """adam with lr x 0.96 after each epoch, or ranger21 with its own warm-up and warm-down."""
+    planned_steps: int | None = None
+    """Steps an epoch for which ranger21 plans warm-up and warm-down (None: those that there are;
+    the published code takes the batch size)."""
     lr: float = 1e-3
     """Learning rate at the start (adam) or at the peak (ranger21)."""
     epochs: Annotated[Size, preset("epochs: Passes through the training images.")] = FROM_PRESET
@@ -155,6 +176,12 @@ class OptimOptions:
     """Micro-batches each process splits its share of a batch into; saves memory, same result."""
     reconstruction_weight: float = 5e-4
     """Weight of the summed squared reconstruction error beside the margin loss."""
+    reconstruction_target: Literal["pixels", "normalised"] = "pixels"
+    """What the decoder is to draw: the pixels in [0, 1], or the normalised image, which its sigmoid
+    cannot reach, as in the published code."""
+    decoder_mask: Literal["label", "prediction"] = "label"
+    """While training the decoder sees the capsule of the true class, or of the predicted one as in
+    the published code; in tests the predicted one."""
     seed: int = 0
     """Seed of weights, order of the images and crops."""
 
@@ -177,6 +204,9 @@ class TrainOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
+    recipe: RecipeName | None = None
+    """Other defaults: published, those of the published code, where it departs from the paper; an
+    option that is given besides wins (None: our defaults)."""
     out: str | None = None
     """Run folder, new or empty (None: runs/DATASET-MODEL-TIME)."""
     resume: str | None = None

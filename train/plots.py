@@ -8,15 +8,15 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from torch import nn
 
+from mocapsnet import CapsNet
 from mocapsnet.train import data
 from mocapsnet.train.evaluation import Evaluation
 from mocapsnet.train.metrics import Row
 
 
 def write_pictures(
-    run: Path, rows: list[Row], model: nn.Module, test_set: data.ImageSet, tested: Evaluation
+    run: Path, rows: list[Row], model: CapsNet, test_set: data.ImageSet, tested: Evaluation
 ) -> list[Path]:
     """Write reconstructions, confusion matrix and (given rows) learning curves into the run."""
     figures = {"reconstructions": reconstructions(model, test_set)}
@@ -61,13 +61,13 @@ def learning_curves(rows: list[Row]) -> Figure:
 
 @torch.no_grad()
 def reconstructions(
-    model: nn.Module, test_set: data.ImageSet, rows: int = 5, columns: int = 8
+    model: CapsNet, test_set: data.ImageSet, rows: int = 5, columns: int = 8
 ) -> Figure:
     """Pairs of test image and its reconstruction from the capsule of the predicted class."""
     shown = test_set.first(rows * columns)
     pixels = data.to_pixels(shown.images)
     model.eval()
-    out = model(data.normalise(pixels))
+    out = model(model.preprocessing(pixels))
     labels, predicted = shown.labels.tolist(), out.lengths.argmax(1).tolist()
     gap = pixels.new_ones(*pixels.shape[:3], 1)
     pairs = torch.cat([pixels, gap, out.reconstruction], dim=3).cpu()  # [B, C, H, 2 W + 1]

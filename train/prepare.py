@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from mocapsnet import CapsNet, CapsNetConfig, build_model
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
+from mocapsnet.train.option_values import preprocessing
 from mocapsnet.train.options import DataOptions, MachineOptions, TrainOptions
 
 
@@ -57,9 +58,13 @@ def make_repeatable(seed: int) -> None:
 
 
 def load_data(
-    options: DataOptions, accelerator: Accelerator
+    options: DataOptions, accelerator: Accelerator, seed: int
 ) -> tuple[data.ImageSet, data.ImageSet]:
-    """Training and test images on the device. One process fetches or decodes for all."""
+    """Training and test images on the device. One process fetches or decodes for all.
+
+    Args:
+        seed: of the run, for `test_crop`.
+    """
     main = accelerator.is_main_process
     if main:
         source = "" if options.dataset == "digits" else f" below {options.data_dir}"
@@ -71,7 +76,12 @@ def load_data(
     if shared_work and main:
         accelerator.wait_for_everyone()
     limit, device = options.limit, accelerator.device
-    return train_set.first(limit).to(device), test_set.first(limit).to(device)
+    train_set, test_set = train_set.first(limit), test_set.first(limit)
+    if options.test_crop == "random":
+        offsets = data.test_offsets(len(test_set), options.pad, seed)
+        crops = data.random_crop(test_set.images, offsets, options.pad)
+        test_set = dataclasses.replace(test_set, images=crops)
+    return train_set.to(device), test_set.to(device)
 
 
 def network_config(options: TrainOptions, images: data.ImageSet) -> CapsNetConfig:
@@ -87,6 +97,12 @@ def network_config(options: TrainOptions, images: data.ImageSet) -> CapsNetConfi
             f"--pad {options.data.pad} must be less than the images' size of {H} x {W} pixels, or "
             "a crop may show none of them"
         )
+    given, colours = options.data.pixel_mean, images.image_shape[0]
+    if given is not None and len(given) not in (1, colours):
+        raise InputError(
+            f"--pixel-mean and --pixel-std have {len(given)} values; the images have {colours} "
+            "channels, so give one or as many"
+        )
     try:
         return CapsNetConfig(images.image_shape, len(images.classes), **sizes)
     except ValueError as error:
@@ -100,4 +116,5 @@ def build(options: TrainOptions, images: data.ImageSet) -> CapsNet:
     except ValueError as error:
         raise InputError(str(error)) from error
     model.class_names = images.classes
+    model.preprocessing = preprocessing(options.data)
     return model

@@ -37,13 +37,20 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
     )
     accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
     make_repeatable(options.optim.seed)
-    _, test_set = load_data(source, accelerator)
+    _, test_set = load_data(source, accelerator, options.optim.seed)
     check_images(run, test_set)
     model = build(options, test_set)
     checkpoints.load_weights(checkpoint, model)
     accelerator.prepare(model)
     criterion = CapsuleLoss(options.optim.reconstruction_weight)
-    tested = evaluate(accelerator, model, criterion, test_set, options.optim.batch_size)
+    tested = evaluate(
+        accelerator,
+        model,
+        criterion,
+        test_set,
+        options.optim.batch_size,
+        options.optim.reconstruction_target,
+    )
     if accelerator.is_main_process:
         print(
             f"{run}, after epoch {epochs_done}: test accuracy {tested.accuracy:.2%} "

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mocapsnet import CapsuleLoss
+from mocapsnet import CapsuleLoss, Preprocessing
 from mocapsnet.train import console, data
 from mocapsnet.train.errors import Diverged
 from mocapsnet.train.metrics import Row
@@ -36,6 +36,7 @@ class Trainer:
     criterion: CapsuleLoss
     optimizer: torch.optim.Optimizer
     train_set: data.ImageSet
+    preprocessing: Preprocessing
     options: TrainOptions
     clock: console.Clock = field(default_factory=console.Clock)
 
@@ -111,7 +112,7 @@ class Trainer:
 
     def _step(self, indices: Tensor, crops: Tensor) -> Tensor:
         """One optimiser step on this process's share of a batch; returns the share's sums [4]."""
-        accelerator = self.accelerator
+        accelerator, optim = self.accelerator, self.options.optim
         processes, micro_batches = (
             accelerator.num_processes,
             accelerator.gradient_accumulation_steps,
@@ -132,10 +133,11 @@ class Trainer:
                 share, crop = indices[:1], crops[:1]
             with accelerator.accumulate(self.model):
                 images, pixels, labels = data.training_batch(
-                    self.train_set, share, crop, self.options.data.pad
+                    self.train_set, share, crop, self.options.data.pad, self.preprocessing
                 )
-                out = self.model(images, labels)
-                loss = self.criterion(out, pixels, labels)
+                out = self.model(images, labels if optim.decoder_mask == "label" else None)
+                target = pixels if optim.reconstruction_target == "pixels" else images
+                loss = self.criterion(out, target, labels)
                 # Accelerate divides by the number of micro-batches, and data parallelism averages
                 # over the processes; the gradient wanted is that of the sum.
                 accelerator.backward(loss.total * (weight * processes * micro_batches))

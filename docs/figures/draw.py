@@ -57,7 +57,7 @@ def agreement() -> Drawing:
         ]
     )  # [N, J, D]
     u, W = torch.ones(1, len(votes), 1), votes.unsqueeze(1)  # the votes are u W
-    steps = list(rounds(u, W, 4, "rba", "final", None, "input"))
+    steps = list(rounds(u, W, 4, "rba", "final", None, "input", "paper"))
     d = Drawing(760, 430)
     size = 78
     for row, (name, kind) in enumerate((("A", "one"), ("B", "two"))):

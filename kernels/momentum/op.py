@@ -53,7 +53,7 @@ def momentum_routing(
     Raises: ValueError if a shape, dtype, device or option does not fit; the message says which.
     Source: Algorithms 1 and 2 of the Momentum Capsule Networks paper.
     """
-    checks.routing_options(iterations, method, routing_grad, "input")
+    checks.routing_options(iterations, method, routing_grad, "input", "paper")
     checks.tensor("x", x, "B J D")
     checks.tensor("v", v, "B J D")
     if not weights:

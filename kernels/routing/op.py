@@ -29,6 +29,7 @@ def routing(
     routing_grad: str = "final",
     bias: Tensor | None = None,
     sda_mean: str = "input",
+    sda_scale: str = "paper",
     backend: str | None = None,
 ) -> Tensor:
     """Route input capsules to output capsules by agreement.
@@ -55,6 +56,10 @@ def routing(
             batch, input and output capsules, "batch", as the published code of Momentum Capsule
             Networks does; then a sample's output depends on the others in its batch. "batch" runs
             on the reference implementation only.
+        sda_scale: with method "sda" the scale t of the logits, for a mean distance m: that of the
+            method's paper, (log(0.9 (J - 1)) - log 0.1) / (m / 2 - m), or of the "published" code
+            of Momentum Capsule Networks, log(0.9 (J - 1)) - log 0.1 / (m / 2 - m), which changes
+            its sign as m grows. "published" runs on the reference implementation only.
         backend: None chooses by device; "reference" is eager PyTorch with all votes in memory;
             "chunked" is PyTorch with a few input capsules' votes in memory at a time, the choice
             for CPUs; "triton" is fused kernels, the choice for GPUs. Forward-mode differentiation,
@@ -64,9 +69,10 @@ def routing(
     Source: Sabour et al. 2017, procedure 1 (rba); Peer et al. 2018, "gamma-capsules" (sda); see
         kernels/routing/README.md for the stateless form and both gradients.
     """
-    chosen = _implementation(u, W, iterations, method, routing_grad, bias, sda_mean, backend)
+    modes = (iterations, method, routing_grad, bias, sda_mean, sda_scale)
+    chosen = _implementation(u, W, *modes, backend)
     if chosen == "reference":
-        return _reference(u, W, iterations, method, routing_grad, bias, sda_mean)
+        return _reference(u, W, *modes)
     needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
     keep = needs_grad and iterations > 1
     keep = keep and (method, routing_grad) == ("rba", "final")
@@ -81,11 +87,12 @@ def _implementation(
     routing_grad: str,
     bias: Tensor | None,
     sda_mean: str,
+    sda_scale: str,
     backend: str | None,
 ) -> str:
     """Checks the arguments of `routing` and says what runs them."""
     checks.capsules_and_weight(u, W)
-    checks.routing_options(iterations, method, routing_grad, sda_mean)
+    checks.routing_options(iterations, method, routing_grad, sda_mean, sda_scale)
     if bias is not None:
         checks.tensor("bias", bias, "J D")
         if bias.shape != W.shape[2:] or bias.device != u.device:
@@ -93,10 +100,16 @@ def _implementation(
                 f"bias must be [J, D] = {list(W.shape[2:])} on {u.device}; "
                 f"got {list(bias.shape)} on {bias.device}"
             )
-    if method == "sda" and sda_mean == "batch":
-        if backend not in (None, "reference"):
-            raise ValueError(f'sda_mean="batch" needs backend="reference" or None; got "{backend}"')
-        return "reference"
+    if method == "sda":
+        asked = {"sda_mean": (sda_mean, "batch"), "sda_scale": (sda_scale, "published")}
+        for name, (value, eager) in asked.items():
+            if value != eager:
+                continue
+            if backend not in (None, "reference"):
+                raise ValueError(
+                    f'{name}="{value}" needs backend="reference" or None; got "{backend}"'
+                )
+            return "reference"
     return implementation(u, backend, eager="chunked")
 
 
@@ -127,6 +140,7 @@ def explain(
     routing_grad: str = "final",
     bias: Tensor | None = None,
     sda_mean: str = "input",
+    sda_scale: str = "paper",
     backend: str | None = None,
 ) -> Explanation:
     """Which implementation, kernels and configurations `routing` uses for these arguments.
@@ -136,11 +150,11 @@ def explain(
 
     Args, raises: as for `routing`.
     """
-    modes = (iterations, method, routing_grad)
+    modes = (iterations, method, routing_grad, bias, sda_mean, sda_scale)
     if backend != "triton":
-        backend = _implementation(u, W, *modes, bias, sda_mean, backend)
+        backend = _implementation(u, W, *modes, backend)
     else:
-        _implementation(u, W, *modes, bias, sda_mean, "reference")
+        _implementation(u, W, *modes, "reference")
         if not triton_installed():
             raise ValueError('backend="triton" needs the package triton: pip install triton')
     if backend == "reference":
@@ -182,6 +196,7 @@ def _reference(
     routing_grad: str,
     bias: Tensor | None,
     sda_mean: str,
+    sda_scale: str,
 ) -> Tensor:
     dtype = torch.promote_types(u.dtype, W.dtype)
     with full_precision(u):
@@ -193,6 +208,7 @@ def _reference(
             routing_grad=routing_grad,
             bias=None if bias is None else bias.to(dtype),
             sda_mean=sda_mean,
+            sda_scale=sda_scale,
         )
 
 

@@ -21,9 +21,10 @@ def routing(
     routing_grad: str = "final",
     bias: Tensor | None = None,
     sda_mean: str = "input",
+    sda_scale: str = "paper",
 ) -> Tensor:
     """Route u [B, N, K] through W [N, K, J, D] to capsules [B, J, D]; see `op.routing`."""
-    *_, (_, v) = rounds(u, W, iterations, method, routing_grad, bias, sda_mean)
+    *_, (_, v) = rounds(u, W, iterations, method, routing_grad, bias, sda_mean, sda_scale)
     return v
 
 
@@ -35,6 +36,7 @@ def rounds(
     routing_grad: str,
     bias: Tensor | None,
     sda_mean: str,
+    sda_scale: str,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Couplings c [B, N, J] and output capsules v [B, J, D] of every iteration."""
     u_hat = votes(u, W)  # [B, N, J, D]
@@ -52,7 +54,10 @@ def rounds(
         yield c, v
         if not last:
             agreement = (vote * v.unsqueeze(1)).sum(-1)
-            b = b + agreement if method == "rba" else distance_logits(vote, v, sda_mean)
+            if method == "rba":
+                b = b + agreement
+            else:
+                b = distance_logits(vote, v, sda_mean, sda_scale)
 
 
 def shorten(u_hat: Tensor, u: Tensor) -> Tensor:
@@ -64,15 +69,20 @@ def shorten(u_hat: Tensor, u: Tensor) -> Tensor:
     return u_hat * scale.unsqueeze(-1)
 
 
-def distance_logits(u_hat: Tensor, v: Tensor, sda_mean: str) -> Tensor:
+def distance_logits(u_hat: Tensor, v: Tensor, sda_mean: str, sda_scale: str) -> Tensor:
     """b_ij = t_i |v_j - u_hat_ij|, scaled so that a vote at half the mean distance gets c = 0.9.
 
-    All distances zero is a tie: equal logits.
+    The published code divides log 0.1 alone, for want of a parenthesis: its scale is positive, and
+    favours distant votes, where the mean distance is above -2 log 0.1 / log(0.9 (J - 1)). All
+    distances zero is a tie: equal logits.
     """
     d = torch.linalg.vector_norm(v.unsqueeze(1) - u_hat, dim=-1)  # [B, N, J]
     m = d.mean(-1, keepdim=True) if sda_mean == "input" else d.mean()
     tie = m == 0
-    return torch.where(tie, 0, distance_scale(d.shape[-1]) * d / m.where(~tie, 1))
+    J, m = d.shape[-1], m.where(~tie, 1)
+    if sda_scale == "paper":
+        return torch.where(tie, 0, distance_scale(J) * d / m)
+    return torch.where(tie, 0, (math.log(0.9 * max(J - 1, 1)) + 2 * math.log(0.1) / m) * d)
 
 
 def distance_scale(J: int) -> float:

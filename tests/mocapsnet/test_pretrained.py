@@ -125,7 +125,7 @@ def changed(folder, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(format=2, library="mocapsnet 9.0"), "format 2, written by mocapsnet 9.0.*upgrade"),
+        (dict(format=99, library="mocapsnet 9.0"), "format 99, written by mocapsnet 9.0.*upgrade"),
         (dict(format=None), "no format's version"),
         (dict(model=None), "config.json is damaged: it has no model"),
         (dict(class_names=None), "config.json is damaged: it has no class_names"),

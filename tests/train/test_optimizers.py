@@ -49,6 +49,23 @@ def test_ranger21_follows_the_true_number_of_steps(lr: float) -> None:
     assert rates[-1] == pytest.approx(least, rel=1e-6)
 
 
+def test_ranger21_plans_for_other_steps_than_there_are() -> None:
+    """As the published code has it: the batch size, for the steps of an epoch."""
+    model = nn.Linear(5, 3)
+    options = OptimOptions(optimizer="ranger21", lr=1e-2, epochs=2, planned_steps=50)
+    optimizer, _ = build_optimizer(options, model.parameters(), steps=130)
+    rates = []
+    for k in range(130):
+        step(model, optimizer, k)
+        rates.append(current_lr(optimizer))
+    # Of 100 steps planned: warm-up over 22, from step 72 down to 3e-5 over 28, and there for good.
+    down = [1e-2 - (1e-2 - 3e-5) * (k + 1) / 29 for k in range(28)]
+    assert rates[:22] == pytest.approx([1e-2 * (k + 1) / 22 for k in range(22)])
+    assert rates[22:71] == pytest.approx([1e-2] * 49)
+    assert rates[71:99] == pytest.approx(down)
+    assert rates[99:] == pytest.approx([3e-5] * 31)
+
+
 # 7: not a multiple of Ranger21's look-ahead of 5, odd as its two momenta take turns, and within
 # its warm-up; 16: in its warm-down.
 @pytest.mark.parametrize("stop", [7, 16])

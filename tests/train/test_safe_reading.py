@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mocapsnet.train import run_folder
+
 from .helpers import checkpoint
 
 Command = Callable[..., tuple[int, str, str]]
@@ -61,7 +63,7 @@ def test_a_checkpoint_in_pickles_is_evaluated_but_not_resumed(
     """The format before config.json named one."""
     run = train("run", "--epochs", "1")
     config = json.loads((run / "config.json").read_text())
-    assert config.pop("format") == 1
+    assert config.pop("format") == run_folder.FORMAT
     (run / "config.json").write_text(json.dumps(config))
     for name in ("state.json", "optimizer.safetensors"):
         (checkpoint(run) / name).unlink()
@@ -78,4 +80,8 @@ def test_a_later_format_is_refused(file: str, train: Train, command: Command) ->
     path = (run if file == "config.json" else checkpoint(run)) / file
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     code, _, errors = command("train", "--resume", "run", "--epochs", "2")
-    assert code == 2 and f"{path} is of format 99" in errors and "reads up to 1" in errors
+    assert (
+        code == 2
+        and f"{path} is of format 99" in errors
+        and f"reads up to {run_folder.FORMAT}" in errors
+    )

@@ -14,7 +14,7 @@ from mocapsnet.preprocessing import normalise, to_pixels
 from mocapsnet.train.data import builtin, folder
 from mocapsnet.train.data.builtin import FILES, SHAPES
 from mocapsnet.train.data.image_set import ImageSet, image_set
-from mocapsnet.train.data.transforms import epoch_order, random_crop, training_batch
+from mocapsnet.train.data.transforms import epoch_order, random_crop, test_offsets, training_batch
 from mocapsnet.train.options import DataOptions
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "load",
     "normalise",
     "random_crop",
+    "test_offsets",
     "to_pixels",
     "training_batch",
 ]

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mocapsnet.preprocessing import normalise, to_pixels
+from mocapsnet.preprocessing import Preprocessing, to_pixels
 from mocapsnet.train.data.image_set import ImageSet
+
+# Beside a run's seed, where an epoch's crops have the epoch; no run has so many.
+TEST_CROPS = 2**32 - 1
 
 
 def epoch_order(count: int, pad: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
@@ -26,11 +29,19 @@ def epoch_order(count: int, pad: int, seed: int, epoch: int) -> tuple[Tensor, Te
     return order, torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
 
 
+def test_offsets(count: int, pad: int, seed: int) -> Tensor:
+    """Where test images are cropped that are not tested as they are: row and column offsets
+    [count, 2] in 0..2 pad, drawn on the CPU from the seed alone, the same in every epoch."""
+    state = np.random.SeedSequence([seed, TEST_CROPS]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    return torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
+
+
 def random_crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
     """Pad with black, then cut each image back to its size at its own offset.
 
-    An offset of (pad, pad) is the centre crop, which gives back the image itself: testing
-    therefore uses the images as they are.
+    An offset of (pad, pad) is the centre crop, which gives back the image itself: tests of
+    centre crops therefore use the images as they are.
 
     Args:
         images: [B, C, H, W], any dtype.
@@ -47,14 +58,19 @@ def random_crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
 
 
 def training_batch(
-    train_set: ImageSet, indices: Tensor, offsets: Tensor, pad: int
+    train_set: ImageSet,
+    indices: Tensor,
+    offsets: Tensor,
+    pad: int,
+    preprocessing: Preprocessing,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a training step works on.
 
     Args:
         indices: [B] int64, which images.
         offsets: [B, 2] int64, where each is cropped, see `random_crop`.
+        preprocessing: how pixels are normalised.
     Returns: normalised images [B, C, H, W], their pixels in [0, 1], labels [B].
     """
     pixels = to_pixels(random_crop(train_set.images[indices], offsets, pad))
-    return normalise(pixels), pixels, train_set.labels[indices]
+    return preprocessing(pixels), pixels, train_set.labels[indices]
