@@ -16,7 +16,7 @@ from ..launch import (
     recording,
     triton_installed,
 )
-from ..library import Operation
+from ..library import Operation, observed, transformed
 from . import chunked, direct, reference
 
 
@@ -73,6 +73,10 @@ def routing(
     chosen = _implementation(u, W, *modes, backend)
     if chosen == "reference":
         return _reference(u, W, *modes)
+    seen = observed() or transformed()
+    if chosen == "chunked" and not seen and direct.faster(len(u), W, method):
+        with full_precision(u):
+            return direct.routing(u, W, bias, iterations, routing_grad)
     needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
     keep = needs_grad and iterations > 1
     keep = keep and (method, routing_grad) == ("rba", "final")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mocapsnet.kernels import explain, routing
-from mocapsnet.kernels.routing import chunked, direct
+from mocapsnet.kernels.routing import chunked, direct, op
 from mocapsnet.kernels.routing import reference as specification
 from mocapsnet.kernels.routing.op import routing_backward, routing_forward
 
@@ -42,11 +42,16 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
 @pytest.mark.parametrize("grad", GRADS)
-def test_few_votes_equal_the_reference_in_float64(grad, iterations, monkeypatch):
-    """All at once, which must run: the chunked form is broken."""
+@pytest.mark.parametrize("seen", [False, True], ids=["plain", "as an operation"])
+def test_few_votes_equal_the_reference_in_float64(seen, grad, iterations, monkeypatch):
+    """All at once, which must run: what else could is broken."""
     monkeypatch.setattr(chunked, "iterate", None)
-    if grad == "final" and iterations > 1:
-        monkeypatch.setattr(chunked, "differentiate", None)
+    if not seen:
+        monkeypatch.setattr(op, "routing_forward", None)
+    else:
+        monkeypatch.setattr(op, "observed", lambda: True)
+        if grad == "final" and iterations > 1:
+            monkeypatch.setattr(chunked, "differentiate", None)
     for keep in (1 << 20, 0):
         monkeypatch.setattr(chunked, "KEPT_BYTES", keep)
         arguments = problem(B=4, N=11, K=3, J=5, D=5)
@@ -54,6 +59,19 @@ def test_few_votes_equal_the_reference_in_float64(grad, iterations, monkeypatch)
         expected = run(*arguments, **options, backend="reference")
         for got, want in zip(run(*arguments, **options), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_few_votes_have_second_derivatives(grad):
+    u, W, bias = (x.requires_grad_() for x in problem(B=2, N=4, K=2, J=3, D=2)[:3])
+
+    def second(backend):
+        v = routing(u, W, bias=bias, routing_grad=grad, backend=backend)
+        (du,) = torch.autograd.grad(v.square().sum(), u, create_graph=True)
+        return torch.autograd.grad(du.sin().sum(), (u, W, bias))
+
+    for got, want in zip(second("chunked"), second("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def test_which_shapes_are_routed_directly():

@@ -265,7 +265,7 @@ def test_gradcheck_of_the_full_gradient(method, form, device):
 
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 def test_double_backward_is_a_clear_error(backend, device):
-    u, W = (x.requires_grad_() for x in tensors(device, torch.float32, (2, 2, 3), (2, 3, 2, 2)))
+    u, W = (x.requires_grad_() for x in tensors(device, torch.float32, (2, 2, 3), (2, 3, 2, 3)))
     v = routing(u, W, backend=backend)
     (du,) = torch.autograd.grad(v.sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match='no double backward .* use backend="reference"'):
