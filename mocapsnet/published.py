@@ -66,7 +66,9 @@ def load_published(
     """A network trained with the published code, with the same outputs.
 
     Its sizes follow from the weights. Its options do not, and are those of that code's command
-    line. Whether it was trained with momentum is read from the names of the weights.
+    line. Whether it was trained with momentum, and by which routing, is read from the names of the
+    weights. Of scaled-distance agreement it takes the mean distance over the batch, as that code
+    does: the outputs for an image depend on what it is given together with.
 
     Args:
         checkpoint: a file that it wrote, `checkpoints/*.pth.tar`, of which tensors alone are
@@ -77,33 +79,32 @@ def load_published(
             are MNIST's there, and 0.5 and 0.5 for colour.
     Returns: a `MoCapsNet`, `ResCapsNet` or `CapsNet` in evaluation mode. Set its `class_names`, and
         keep it by `save_pretrained`.
-    Raises: ValueError if this is no such checkpoint, or one of scaled-distance agreement, whose
-        formula there differs from the published one in a parenthesis and has no counterpart here.
+    Raises: ValueError if this is no such checkpoint.
     """
     from .model import CapsNetConfig, build_model
 
     state = {name.removeprefix("module."): w for name, w in _state(checkpoint).items()}
-    if any(re.fullmatch(r"caps\d\.bias|blocks\..*\.bias", name) for name in state):
-        raise ValueError(
-            "the checkpoint is of scaled-distance agreement, whose formula in the published code "
-            "has no counterpart here; only --routing RBA can be loaded"
-        )
     found = [re.fullmatch(r"blocks\.(\d+)\.functions\.(0\.network\.)?\d\.0\.W", n) for n in state]
     layers = [match for match in found if match]
     momentum = any(match[2] for match in layers)
     inside = "0.network." if momentum else ""
     blocks = 1 + max((int(match[1]) for match in layers), default=-1)
     names = {
-        "first": "caps1.W",
-        "last": "caps2.W",
+        "first": "caps1",
+        "last": "caps2",
         **{
-            f"layer {2 * b + k}": f"blocks.{b}.functions.{inside}{k}.0.W"
+            f"layer {2 * b + k}": f"blocks.{b}.functions.{inside}{k}.0"
             for b in range(blocks)
             for k in range(2)
         },
     }
+    sda = "caps1.bias" in state
     try:
-        weights = {ours: matrices(state.pop(theirs), LAYOUT) for ours, theirs in names.items()}
+        layer_states = {
+            ours: {"weight": matrices(state.pop(f"{theirs}.W"), LAYOUT)}
+            | ({"bias": state.pop(f"{theirs}.bias").squeeze(0)} if sda else {})  # [1, J, D]
+            for ours, theirs in names.items()
+        }
         conv, primary = (
             {part: state.pop(f"{name}.{part}") for part in ("weight", "bias")}
             for name in ("conv1", "primary.conv")
@@ -118,8 +119,8 @@ def load_published(
         raise ValueError(f"not a checkpoint of the published code: {min(state)} is not known")
 
     channels, colours, kernel = conv["weight"].shape[:3]
-    _, capsule_dim, capsules, _ = weights["first"].shape
-    classes, class_dim = weights["last"].shape[2:]
+    _, capsule_dim, capsules, _ = layer_states["first"]["weight"].shape
+    classes, class_dim = layer_states["last"]["weight"].shape[2:]
     side = math.isqrt(len(decoder[4]["bias"]) // colours)  # its images are square
     config = CapsNetConfig(
         (colours, side, side),
@@ -133,6 +134,10 @@ def load_published(
         grouping="pixels",
         decoder=tuple(len(decoder[n]["bias"]) for n in (0, 2)),
         iterations=iterations,
+        method="sda" if sda else "rba",
+        sda_mean="batch",
+        sda_scale="published",
+        bias=0.1 if sda else None,
         init="paper",
         gamma=gamma,
         velocity="block",
@@ -145,9 +150,9 @@ def load_published(
     ours = {
         model.convolutions[0]: conv,
         model.convolutions[2]: primary,
-        model.first: {"weight": weights["first"]},
-        model.last: {"weight": weights["last"]},
-        **{layer: {"weight": weights[f"layer {n}"]} for n, layer in enumerate(stack)},
+        model.first: layer_states["first"],
+        model.last: layer_states["last"],
+        **{layer: layer_states[f"layer {n}"] for n, layer in enumerate(stack)},
         **{model.decoder.layers[n]: decoder[n] for n in decoder},
     }
     try:

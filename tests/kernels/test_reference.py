@@ -1,5 +1,8 @@
 """The references against plain loops in float64, and at the edges of their domain."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -91,6 +94,34 @@ def test_squash_at_extreme_lengths(dtype, scale):
     assert s.grad.isfinite().all()
     if scale == 0:
         assert (s.grad == 0).all()
+
+
+@pytest.mark.parametrize("sda_mean", ["input", "batch"])
+def test_the_published_scale_of_sda(sda_mean):
+    """Sample by sample; near votes are wanted where the mean distance is small, else distant."""
+    B, N, K, J, D = 2, 6, 4, 5, 3
+    W, bias = randn(N, K, J, D), randn(J, D)
+    signs = set()
+    for length in (0.3, 8.0):
+        u = length * randn(B, N, K)
+        votes = torch.einsum("bnk,nkjd->bnjd", u, W)
+        votes = votes * (u.norm(dim=-1)[:, :, None] / votes.norm(dim=-1)).clamp(max=1)[..., None]
+        b = torch.zeros(B, N, J, dtype=u.dtype)
+        for _ in range(3):
+            v = squash((b.softmax(2)[..., None] * votes).sum(1) + bias)
+            for n, k in itertools.product(range(B), range(N)):
+                d = (v[n] - votes[n, k]).norm(dim=-1)
+                m = d.mean() if sda_mean == "input" else (v[:, None] - votes).norm(dim=-1).mean()
+                t = math.log(0.9 * (J - 1)) - math.log(0.1) / (0.5 * m - m)
+                signs.add(bool(t > 0))
+                b[n, k] = t * d
+        found = routing(u, W, method="sda", sda_mean=sda_mean, sda_scale="published", bias=bias)
+        torch.testing.assert_close(found, v, rtol=RTOL, atol=1e-15)
+    assert signs == {False, True}
+    u = torch.zeros(B, N, K, dtype=W.dtype, requires_grad=True)  # NaN in the published code
+    v = routing(u, W, method="sda", sda_mean=sda_mean, sda_scale="published")
+    v.sum().backward()
+    assert (v == 0).all() and u.grad.isfinite().all()
 
 
 def test_sda_batch_mean_makes_samples_depend_on_each_other():

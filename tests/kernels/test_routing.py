@@ -314,6 +314,11 @@ def test_peak_memory_is_bounded_by_chunks_and_kept_couplings():
         (dict(sda_mean="all"), "sda_mean must be one of"),
         (dict(backend="cuda"), "backend must be one of"),
         (dict(method="sda", sda_mean="batch", backend="chunked"), 'needs backend="reference"'),
+        (dict(sda_scale="log"), "sda_scale must be one of 'paper', 'published'; got 'log'"),
+        (
+            dict(method="sda", sda_scale="published", backend="chunked"),
+            'sda_scale="published" needs backend="reference" or None; got "chunked"',
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message):

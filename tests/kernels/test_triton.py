@@ -394,6 +394,8 @@ def test_explain_names_what_runs(form, monkeypatch):
     assert explained.form.endswith("tensor cores") == (form == "tensor cores")
     assert explain(u, W).backend == "chunked"
     assert explain(u, W, method="sda", sda_mean="batch").backend == "reference"
+    assert explain(u, W, method="sda", sda_scale="published").backend == "reference"
+    assert explain(u, W, sda_scale="published").backend == "chunked"  # rba has no such scale
     with pytest.raises(ValueError, match="method must be"):
         explain(u, W, method="em", backend="triton")
     monkeypatch.setattr(routing_op, "triton_installed", lambda: False)

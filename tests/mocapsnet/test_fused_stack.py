@@ -56,6 +56,7 @@ OTHERS = {
     "other iterations": lambda: with_options(iterations=2),
     "a bias": lambda: with_options(bias=True),
     "the reference": lambda: layers(2, backend="reference"),
+    "the published scale": lambda: layers(2, method="sda", sda_scale="published"),
     "a mean over the batch": lambda: layers(2, method="sda", sda_mean="batch"),
     "another dtype": lambda: [layers(1)[0], layers(1)[0].float()],
     "nothing": lambda: [],

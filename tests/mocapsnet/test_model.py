@@ -103,6 +103,8 @@ def test_build_model_uses_every_field_of_the_configuration():
         method="sda",
         routing_grad="full",
         sda_mean="batch",
+        sda_scale="published",
+        bias=0.1,
         gamma=0.7,
         velocity="block",
         memory="stored",
@@ -121,7 +123,9 @@ def test_build_model_uses_every_field_of_the_configuration():
     )
     for layer in [model.first, *stack.layers, model.last]:
         assert (layer.iterations, layer.method, layer.routing_grad) == (2, "sda", "full")
-        assert (layer.sda_mean, layer.backend) == ("batch", "reference")
+        assert (layer.sda_mean, layer.sda_scale) == ("batch", "published")
+        assert layer.backend == "reference"
+        assert torch.equal(layer.bias, torch.full(layer.weight.shape[2:], 0.1))
     with pytest.raises(ValueError, match="model must be one of capsnet, rescapsnet, mocapsnet"):
         build_model("resnet", config)
 

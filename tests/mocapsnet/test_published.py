@@ -1,5 +1,7 @@
 """Networks of the published code compute here what its description says, written out again."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ CHANNELS, K, J, CLASSES, D, KERNEL = 16, 4, 5, 3, 6, 3
 ITERATIONS, GAMMA = 3, 0.8
 
 
-def weights(colours=1, side=12, blocks=2, momentum=True, block_scale=1.0):
+def weights(colours=1, side=12, blocks=2, momentum=True, block_scale=1.0, sda=False):
     """A state dict with that code's names and layouts, drawn so that outputs are far from zero."""
     generator = torch.Generator().manual_seed(0)
     N = CHANNELS // K * ((side - 2 * (KERNEL - 1)) // 2) ** 2
@@ -33,6 +35,9 @@ def weights(colours=1, side=12, blocks=2, momentum=True, block_scale=1.0):
         for k in range(2):
             name = f"blocks.{b}.functions.{inside}{k}.0.W"
             state[name] = draw(1, J, J, K, K, scale=block_scale)
+    for name in [name for name in state if sda and name.endswith(".W")]:
+        W = state[name]
+        state[name[:-1] + "bias"] = 0.1 + draw(1, W.shape[1], W.shape[3], scale=0.05)
     sizes = [CLASSES * D, 7, 8, colours * side * side]
     for n, (size_in, size_out) in zip((0, 2, 4), zip(sizes, sizes[1:], strict=False), strict=True):
         state[f"decoder.{n}.weight"] = draw(size_out, size_in, scale=0.5)
@@ -45,10 +50,22 @@ def squash(s):
     return square / (1 + square) * s / (square.sqrt() + 1e-8)
 
 
-def capsules(u, W):
-    """Votes [B, J, N, D], softmax over the output capsules, the last sum without an update."""
-    u_hat = torch.einsum("jndk,bnk->bjnd", W[0], u)
+def capsules(state, name, u):
+    """Votes [B, J, N, D], softmax over the output capsules, the last sum without an update.
+
+    With a bias, scaled-distance agreement, whose parenthesis ends too early.
+    """
+    u_hat = torch.einsum("jndk,bnk->bjnd", state[f"{name}.W"][0], u)
     b = torch.zeros_like(u_hat[..., 0])
+    if f"{name}.bias" in state:
+        length = u_hat.norm(dim=-1, keepdim=True)
+        u_hat = u_hat / length * torch.minimum(length, u.norm(dim=-1)[:, None, :, None])
+        for _ in range(ITERATIONS):
+            v = squash((b.softmax(1).unsqueeze(-1) * u_hat).sum(2) + state[f"{name}.bias"])
+            d = (v.unsqueeze(2) - u_hat).norm(dim=-1)
+            m = d.mean().item()
+            b = (math.log(0.9 * (d.shape[1] - 1)) - math.log(1 - 0.9) / (0.5 * m - m)) * d
+        return v
     for _ in range(ITERATIONS - 1):
         v = squash((b.softmax(1).unsqueeze(-1) * u_hat).sum(2))
         b = b + torch.einsum("bjnd,bjd->bjn", u_hat, v)
@@ -59,20 +76,20 @@ def their_network(state, images, blocks, momentum, residual):
     """Lengths, capsules, reconstruction."""
     x = F.conv2d(images, state["conv1.weight"], state["conv1.bias"]).relu()
     x = F.conv2d(x, state["primary.conv.weight"], state["primary.conv.bias"], stride=2)
-    x = capsules(squash(x.reshape(len(x), -1, K)), state["caps1.W"])
+    x = capsules(state, "caps1", squash(x.reshape(len(x), -1, K)))
     for b in range(blocks):
         if momentum:
             y, v = x, torch.zeros_like(x)
             for k in range(2):
-                f = capsules(y, state[f"blocks.{b}.functions.0.network.{k}.0.W"])
+                f = capsules(state, f"blocks.{b}.functions.0.network.{k}.0", y)
                 v = GAMMA * v + (1 - GAMMA) * f
                 y = y + v
             x = x + y if residual else y
             continue
         for k in range(2):
-            f = capsules(x, state[f"blocks.{b}.functions.{k}.0.W"])
+            f = capsules(state, f"blocks.{b}.functions.{k}.0", x)
             x = x + f if residual else f
-    out = capsules(x, state["caps2.W"])
+    out = capsules(state, "caps2", x)
     lengths = out.norm(dim=-1)
     y = (out * F.one_hot(lengths.argmax(1), CLASSES).unsqueeze(-1)).flatten(1)
     for n in (0, 2, 4):
@@ -91,25 +108,30 @@ def their_network(state, images, blocks, momentum, residual):
         (False, False, CapsNet),
     ],
 )
-def test_the_same_outputs(momentum, residual, model_class, colours, side, tmp_path):
+@pytest.mark.parametrize("sda", [False, True])
+def test_the_same_outputs(momentum, residual, model_class, colours, side, sda, tmp_path):
     blocks = 2
     # Without a skip connection capsules shrink from layer to layer, unless weights are large.
-    state = weights(colours, side, blocks, momentum, block_scale=1.0 if residual else 4.0)
+    state = weights(colours, side, blocks, momentum, block_scale=1.0 if residual else 2.5, sda=sda)
     torch.save({name: w.float() for name, w in state.items()}, tmp_path / "0.5_now.pth.tar")
     model = load_published(tmp_path / "0.5_now.pth.tar", residual=residual, gamma=GAMMA)
     assert type(model) is model_class and not model.training
+    assert model.config.method == ("sda" if sda else "rba")
+    torch.manual_seed(0)
     pixels = torch.rand(4, colours, side, side, dtype=torch.float64)
     mean, std = (0.1307, 0.3081) if colours == 1 else (0.5, 0.5)
     expected = their_network(state, (pixels - mean) / std, blocks, momentum, residual)
-    assert expected[0].max() > 0.3
+    assert expected[0].max() > (0.3 if residual or not sda else 0.08)  # votes are shortened
+    assert (expected[1][0] - expected[1][1]).abs().max() > 1e-3  # not what the biases make alone
     for found in (model.predict(pixels), load(model.save_pretrained(tmp_path)).predict(pixels)):
         for name, other in zip(("lengths", "capsules", "reconstruction"), expected, strict=True):
             torch.testing.assert_close(getattr(found, name).double(), other, atol=1e-5, rtol=0)
 
 
-def test_a_state_dict_of_several_devices_in_float64():
+@pytest.mark.parametrize("sda", [False, True])
+def test_a_state_dict_of_several_devices_in_float64(sda):
     """DataParallel puts "module." in front of every name."""
-    state = weights()
+    state = weights(sda=sda)
     model = load_published({f"module.{name}": w for name, w in state.items()}, gamma=GAMMA)
     assert model.config.skip == "twice" and len(model.stack.blocks) == 2
     images = torch.rand(3, 1, 12, 12, dtype=torch.float64)
@@ -159,8 +181,10 @@ def test_what_is_no_such_checkpoint_is_refused(tmp_path):
         load_published({name: w for name, w in state.items() if name != "caps2.W"})
     with pytest.raises(ValueError, match="extra.weight is not known"):
         load_published(state | {"extra.weight": torch.ones(1)})
-    with pytest.raises(ValueError, match="scaled-distance agreement"):
+    with pytest.raises(ValueError, match="it has no 'caps2.bias'"):
         load_published(state | {"caps1.bias": torch.ones(1, J, K)})
+    with pytest.raises(ValueError, match="caps2.bias is not known"):
+        load_published(state | {"caps2.bias": torch.ones(1, CLASSES, D)})
     with pytest.raises(ValueError, match="sizes do not fit"):
         load_published(state | {"caps1.W": torch.ones(1, J, 7, K, K)})
     path = tmp_path / "model.pth.tar"

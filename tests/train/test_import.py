@@ -30,6 +30,11 @@ def test_a_checkpoint_becomes_a_folder(command: Command) -> None:
     code, _, errors = command("import", "theirs.pth.tar", "--out", "plain", "--plain")
     assert code == 0, errors
     assert mocapsnet.load("plain").config.skip == "once"
+    torch.save(weights(sda=True), "sda.pth.tar")
+    code, _, errors = command("import", "sda.pth.tar", "--out", "sda")
+    assert code == 0, errors
+    config = mocapsnet.load("sda").config
+    assert (config.method, config.sda_mean, config.sda_scale) == ("sda", "batch", "published")
     code, _, errors = command("import", "theirs.pth.tar", "--out", "ours")
     assert code == 2 and "--out ours exists" in errors
 

@@ -159,7 +159,9 @@ def test_bad_input_is_one_clear_error(arguments: str, expected: str, command: Co
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("sizes", [{}, dict(blocks=2, decoder=(), kernel_size=3, channels=16)])
+@pytest.mark.parametrize(
+    "sizes", [{}, dict(blocks=2, decoder=(), kernel_size=3, channels=16, bias=0.1)]
+)
 def test_parameters_are_counted_without_building(model: str, sizes: dict[str, Any]) -> None:
     config = CapsNetConfig((3, 28, 24), 7, **({"blocks": 0} if model == "capsnet" else {}) | sizes)
     built = build_model(model, config)
