@@ -91,7 +91,6 @@ def _run(arguments: list[str]) -> None:
         ImportOptions,
         PredictOptions,
         TrainOptions,
-        VisualizeOptions,
     )
 
     command = parse(arguments)
@@ -118,7 +117,7 @@ def _run(arguments: list[str]) -> None:
     else:
         from mocapsnet.train.reports import report
 
-        report(command, pictures=isinstance(command, VisualizeOptions))
+        report(command)
 
 
 def parse(arguments: list[str]) -> Command:

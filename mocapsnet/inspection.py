@@ -18,21 +18,22 @@ class LayerRecord(NamedTuple):
     couplings: Tensor
 
 
+class LayerCall(NamedTuple):
+    """One call of a layer: what it was given, u [B, N, K], and what it made, v [B, J, D]."""
+
+    layer: CapsuleLayer
+    u: Tensor
+    v: Tensor
+
+
 @torch.no_grad()
-def inspect_layers(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LayerRecord]:
-    """Calls model(*args, **kwargs) and tells what each of its capsule layers was given and made.
-
-    The couplings of a layer are computed by the reference, with all votes in memory: batch x 1.2 MB
-    for the first layer on MNIST. In a residual stack v is the layer's output before x is added.
-
-    Returns: records by the layers' names in `model.named_modules()`, in the order of their calls;
-        of a layer that is called more than once, its last call.
-    """
-    calls: dict[str, tuple[CapsuleLayer, Tensor, Tensor]] = {}
+def layer_calls(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LayerCall]:
+    """As `inspect_layers`, without the couplings and the memory that their votes take."""
+    calls: dict[str, LayerCall] = {}
 
     def note(name: str, layer: CapsuleLayer) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            calls[name] = layer, inputs[0].detach().clone(), output.detach().clone()
+            calls[name] = LayerCall(layer, inputs[0].detach().clone(), output.detach().clone())
 
         return layer.register_forward_hook(hook)
 
@@ -43,4 +44,17 @@ def inspect_layers(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Lay
     finally:
         for handle in handles:
             handle.remove()
+    return calls
+
+
+def inspect_layers(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LayerRecord]:
+    """Calls model(*args, **kwargs) and tells what each of its capsule layers was given and made.
+
+    The couplings of a layer are computed by the reference, with all votes in memory: batch x 1.2 MB
+    for the first layer on MNIST. In a residual stack v is the layer's output before x is added.
+
+    Returns: records by the layers' names in `model.named_modules()`, in the order of their calls;
+        of a layer that is called more than once, its last call.
+    """
+    calls = layer_calls(model, *args, **kwargs)
     return {name: LayerRecord(u, v, layer.couplings(u)) for name, (layer, u, v) in calls.items()}

@@ -235,7 +235,11 @@ class EvaluateOptions(RunOptions):
 
 @dataclass(frozen=True)
 class VisualizeOptions(RunOptions):
-    """Draw the pictures of a run again, from its metrics and last checkpoint."""
+    """Draw the pictures of a run again, from its metrics and last checkpoint, and what goes on
+    inside the network: what the dimensions of class capsules stand for, couplings, lengths."""
+
+    image: str = "0"
+    """Whose couplings are drawn: a test image's number, counted from 0, or an image file."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mocapsnet.train import checkpoints
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.metrics import describe_damage, read_rows
-from mocapsnet.train.options import RunOptions
+from mocapsnet.train.options import RunOptions, VisualizeOptions
 from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
 from mocapsnet.train.run_folder import check_images, read_config
 
@@ -19,8 +19,8 @@ from mocapsnet.train.run_folder import check_images, read_config
 SHOWN = 20
 
 
-def report(command: RunOptions, pictures: bool = False) -> Evaluation:
-    """Print the test accuracy of a run's last checkpoint; with `pictures` draw them as well.
+def report(command: RunOptions) -> Evaluation:
+    """Print the test accuracy of a run's last checkpoint, and draw the pictures if asked for them.
 
     Raises: InputError if the run, its data or the device cannot be used.
     """
@@ -39,6 +39,10 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
     make_repeatable(options.optim.seed)
     _, test_set = load_data(source, accelerator, options.optim.seed)
     check_images(run, test_set)
+    if isinstance(command, VisualizeOptions):  # before anything takes long
+        from mocapsnet.train.pictures import inside
+
+        chosen = inside.chosen_image(command.image, test_set)
     model = build(options, test_set)
     checkpoints.load_weights(checkpoint, model)
     accelerator.prepare(model)
@@ -69,7 +73,7 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
         ]
         if mistakes:
             print(f"most frequent mistakes: {', '.join(mistakes)}")
-        if pictures:
+        if isinstance(command, VisualizeOptions):
             from mocapsnet.train.plots import write_pictures
 
             rows, damaged = read_rows(run)
@@ -79,5 +83,7 @@ def report(command: RunOptions, pictures: bool = False) -> Evaluation:
             rows = [row for row in rows if row["epoch"] <= epochs_done]
             for path in write_pictures(run, rows, model, test_set, tested):
                 print(path)
+            for line in inside.write(run, model, test_set, options, chosen):
+                print(line, flush=True)
     accelerator.end_training()
     return tested

@@ -32,6 +32,7 @@ Train = Callable[..., Path]
 
 CHECKPOINT = {"model.safetensors", "optimizer.safetensors", "state.json"}
 PICTURES = ["learning_curves.png", "reconstructions.png", "confusion_matrix.png"]
+INSIDE = ["dimensions.png", "places.png", "couplings.png", "layers.png"]
 
 
 def test_two_epochs_on_digits_from_the_command_line() -> None:
@@ -209,14 +210,19 @@ def test_accuracy_by_class() -> None:
     assert list(tested.by_class().items()) == [(2, 0.0), (0, 0.75)]
 
 
-def test_visualize_draws_the_pictures_again(train: Train, command: Command) -> None:
+def test_visualize_draws_the_pictures_again_and_more(train: Train, command: Command) -> None:
     run = train("run", "--epochs", "1")
     drawn = {name: (run / name).read_bytes() for name in PICTURES}
     for name in PICTURES:
         (run / name).unlink()
-    code, _, errors = command("visualize", "run", "--device", "cpu")
+    code, said, errors = command("visualize", "run", "--device", "cpu", "--image", "47")
     assert code == 0, errors
     assert {name: (run / name).read_bytes() for name in PICTURES} == drawn
+    for name in INSIDE:
+        assert f"run/{name}\n" in said and (run / name).read_bytes().startswith(b"\x89PNG")
+    for wrong, why in [("48", "48 test images, 0 to 47"), ("gone.png", "gone.png: does not exist")]:
+        code, _, errors = command("visualize", "run", "--device", "cpu", "--image", wrong)
+        assert code == 2 and why in errors
 
 
 # 33 images in batches of 16: the last batch has one image for two or more shares, so all but one

@@ -11,7 +11,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mocapsnet import CapsNet
+from mocapsnet import CapsNet, CapsNetConfig
 
 COLOURS = "RdBu_r"
 
@@ -46,13 +46,24 @@ def coupling_figure(
     title = f"{layer_titles(network)[layer][0].upper()}{layer_titles(network)[layer][1:]}, "
     title += f"routing iteration {iteration} of {len(couplings)}"
     if layer == "first":
-        return position_maps(c, network.config.feature_size, title)
+        return position_maps(c, network.config, title)
     return table(c, list(classes) if layer == "last" else None, title)
 
 
-def position_maps(c: Tensor, size: tuple[int, int], title: str) -> Figure:
-    """One map [H, Wd] for each output capsule, from couplings [G H Wd, J]."""
-    maps = c.unflatten(0, (-1, *size)).mean(0)  # [H, Wd, J]
+def place_maps(c: Tensor, config: CapsNetConfig) -> Tensor:
+    """Couplings of the primary capsules [..., N, J] by their place in the image [..., H, Wd, J].
+
+    Averaged over the capsules of a place, or over the channels that capsules of neighbouring pixels
+    are made of.
+    """
+    if config.grouping == "pixels":  # a capsule is `capsule_dim` values of a map [C, H, Wd]
+        c = c.repeat_interleave(config.capsule_dim, -2)
+    return c.unflatten(-2, (-1, *config.feature_size)).mean(-4)
+
+
+def position_maps(c: Tensor, config: CapsNetConfig, title: str) -> Figure:
+    """One map [H, Wd] for each output capsule, from couplings [N, J]."""
+    maps = place_maps(c, config)  # [H, Wd, J]
     J = maps.shape[-1]
     columns = min(J, 8)
     rows = math.ceil(J / columns)

@@ -1,0 +1,63 @@
+"""The pictures of what goes on inside a network, for `mocapsnet visualize`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mocapsnet import CapsNet, images
+from mocapsnet.train.data import ImageSet, to_pixels
+from mocapsnet.train.errors import InputError
+from mocapsnet.train.options import TrainOptions
+from mocapsnet.train.pictures import dimensions, layers, routes
+from mocapsnet.train.pictures.sheet import save
+
+
+def chosen_image(image: str, test_set: ImageSet) -> tuple[Tensor, int | None]:
+    """Pixels [C, H, W] of a test image, counted from 0, or of a file; and its class if known.
+
+    Raises: InputError if there is no such image, or it cannot be read.
+    """
+    if not image.isdecimal() or Path(image).exists():
+        try:
+            return images.read(image, test_set.image_shape, test_set.images.device)[0], None
+        except ValueError as error:
+            raise InputError(f"--image {error}") from error
+    number = int(image)
+    if number >= len(test_set):
+        raise InputError(
+            f"--image {image}: there are {len(test_set):,} test images, 0 to "
+            f"{len(test_set) - 1}; give one of these numbers, or an image file"
+        )
+    return to_pixels(test_set.images[number, None])[0], int(test_set.labels[number])
+
+
+@torch.no_grad()
+def write(
+    run: Path,
+    network: CapsNet,
+    test_set: ImageSet,
+    options: TrainOptions,
+    chosen: tuple[Tensor, int | None],
+) -> Iterator[str]:
+    """Write the pictures into the run; yields the path of each, or why one is left out.
+
+    Args:
+        chosen: the image whose couplings are drawn, see `chosen_image`.
+    """
+    network.eval()
+    if options.optim.reconstruction_weight == 0:
+        yield "no dimensions.png: with --reconstruction-weight 0 the decoder did not learn to draw"
+    else:
+        pages = list(dimensions.figures(network, test_set))
+        for n, page in enumerate(pages, start=1):
+            number = f"-{n:0{len(str(len(pages)))}d}" if len(pages) > 1 else ""
+            yield str(save(page, run / f"dimensions{number}.png"))
+    seen = routes.route(network, *chosen)
+    yield str(save(routes.places_figure(network, seen), run / "places.png"))
+    yield str(save(routes.tables_figure(network, seen), run / "couplings.png"))
+    measured = layers.measure(network, test_set)
+    yield str(save(layers.figure(network, measured), run / "layers.png"))
