@@ -10,13 +10,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
+from mocapsnet import CapsNet, MoCapsNet, Preprocessing, ResCapsNet, inspect_layers
 from mocapsnet.train import plots
 from mocapsnet.train.data import ImageSet
 from mocapsnet.train.evaluation import Evaluation
+from mocapsnet.train.pictures.couplings import layer_titles
 
 
 class Fixed(nn.Module):
     """A network that takes every image for the same class."""
+
+    preprocessing = Preprocessing()
 
     def __init__(self, classes: int, guess: int) -> None:
         super().__init__()
@@ -70,3 +74,14 @@ def test_most_confused() -> None:
     assert tested.most_confused(2) == [(1, 0, 5), (0, 2, 3)]
     assert tested.most_confused(9) == [(1, 0, 5), (0, 2, 3), (2, 0, 3)]
     assert confusion[0, 0] == 9, "left as it was"
+
+
+@pytest.mark.parametrize("network", [CapsNet, ResCapsNet, MoCapsNet])
+@pytest.mark.parametrize("skip", ["once", "twice"])
+def test_layers_have_titles(network: type[CapsNet], skip: str) -> None:
+    model = network(
+        (1, 8, 8), 3, blocks=2, channels=8, capsules=2, kernel_size=3, skip=skip, velocity="block"
+    )
+    titles = layer_titles(model)
+    assert list(titles) == list(inspect_layers(model, torch.rand(1, 1, 8, 8)))
+    assert list(titles.values())[1:-1] == [f"hidden layer {n} of 4" for n in (1, 2, 3, 4)]

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mocapsnet import CapsNet, CapsNetConfig
+from mocapsnet import CapsNet, CapsNetConfig, CapsuleLayer
 
 COLOURS = "RdBu_r"
 
@@ -19,11 +18,10 @@ COLOURS = "RdBu_r"
 def layer_titles(network: CapsNet) -> dict[str, str]:
     """The capsule layers by their names in the network, in order, with what a reader calls them."""
     c = network.config
-    count = 2 * c.blocks
-    stack = "stack." if isinstance(network.stack, torch.nn.Sequential) else "stack.layers."
     titles = {"first": f"primary capsules to {c.capsules} hidden capsules"}
-    for n in range(count):
-        titles[f"{stack}{n}"] = f"hidden layer {n + 1} of {count}"
+    hidden = [n for n, m in network.stack.named_modules() if isinstance(m, CapsuleLayer)]
+    for n, name in enumerate(hidden, start=1):
+        titles[f"stack.{name}"] = f"hidden layer {n} of {len(hidden)}"
     titles["last"] = f"hidden capsules to {c.classes} classes"
     return titles
 
