@@ -1,5 +1,6 @@
 """Networks of the published code compute here what its description says, written out again."""
 
+import copy
 import math
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mocapsnet import CapsNet, MoCapsNet, Preprocessing, ResCapsNet, load
-from mocapsnet.published import load_published
+from mocapsnet import CapsNet, MoCapsNet, MomentumStack, Preprocessing, ResCapsNet, load
+from mocapsnet.published import TwiceSkippedStack, load_published
 
 CHANNELS, K, J, CLASSES, D, KERNEL = 16, 4, 5, 3, 6, 3
 ITERATIONS, GAMMA = 3, 0.8
@@ -168,6 +169,29 @@ def test_twice_skipped_blocks_train_in_either_memory():
         MoCapsNet((1, 12, 12), 3, skip="twice", **options)
     with pytest.raises(ValueError, match="skip must be one of 'once', 'twice'"):
         MoCapsNet((1, 12, 12), 3, skip="thrice", **options)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_reversal_over_one_block_adds_no_error_at_any_depth(twice):
+    """Where the velocity starts anew in every block, so does the error of going back."""
+    torch.manual_seed(0)
+    base = MomentumStack.of_capsules(40, 6, 4, velocity="block")
+    x, dy = torch.rand(3, 6, 4) - 0.5, torch.randn(3, 6, 4)
+
+    def gradients(memory, dtype):
+        stack = copy.deepcopy(base)
+        stack.memory = memory
+        stack = (TwiceSkippedStack(stack) if twice else stack).to(dtype)
+        given = x.to(dtype, copy=True).requires_grad_()
+        stack(given).backward(dy.to(dtype))
+        parts = [given.grad, *(p.grad for p in stack.parameters())]
+        return torch.cat([part.flatten().double() for part in parts])
+
+    true = gradients("stored", torch.float64)
+    stored, reversible = (
+        (gradients(memory, torch.float32) - true).norm() for memory in ("stored", "reversible")
+    )
+    assert reversible < 2 * stored and stored < 1e-6 * true.norm()
 
 
 def test_preprocessing_that_is_given_is_kept():
