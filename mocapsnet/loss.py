@@ -49,13 +49,17 @@ class MarginLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, lengths: Tensor, labels: Tensor) -> Tensor:
+        loss = self.each(lengths, labels)
+        return loss.sum() if self.reduction == "sum" else loss.mean()
+
+    def each(self, lengths: Tensor, labels: Tensor) -> Tensor:
+        """The loss of every sample [B], whatever the reduction."""
         checks.labels(labels, lengths)
         lengths = lengths.float() if lengths.itemsize < 4 else lengths
         classes = torch.arange(lengths.shape[1], device=lengths.device)
         present = (self.upper - lengths).clamp(min=0).square()
         absent = self.down_weight * (lengths - self.lower).clamp(min=0).square()
-        loss = torch.where(labels.unsqueeze(1) == classes, present, absent).sum(1)
-        return loss.sum() if self.reduction == "sum" else loss.mean()
+        return torch.where(labels.unsqueeze(1) == classes, present, absent).sum(1)
 
 
 class LossParts(NamedTuple):

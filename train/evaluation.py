@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -13,18 +14,36 @@ from mocapsnet.train import console, data
 from mocapsnet.train.metrics import Row
 
 
+class Judged(NamedTuple):
+    """What a model made of each image, on the CPU.
+
+    Attributes:
+        labels, guesses: true and predicted class [N] int64.
+        label_lengths, guess_lengths: lengths of these classes' capsules [N].
+        margins: margin loss [N].
+    """
+
+    labels: Tensor
+    guesses: Tensor
+    label_lengths: Tensor
+    guess_lengths: Tensor
+    margins: Tensor
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Result on a test set; the losses are means per image.
 
     Attributes:
         confusion: number of images [classes, classes] by true class (row) and predicted (column).
+        judged: every image by itself.
     """
 
     loss: float
     margin: float
     reconstruction: float
     confusion: Tensor
+    judged: Judged | None = None
 
     @property
     def images(self) -> int:
@@ -89,7 +108,8 @@ def evaluate(
     device, classes = accelerator.device, model.config.classes
     # A process may get no image at all. Nothing is read from the device before the end.
     parts = [torch.zeros(3, device=device)]
-    pairs = [torch.zeros(0, dtype=torch.int64, device=device)]
+    # Of each image: predicted class, lengths of the true and of this class's capsule, margin loss.
+    found = torch.zeros(len(images), 4, device=device)
     with console.Progress("testing", len(images), accelerator.is_main_process) as progress:
         for batch in torch.arange(len(images), device=device).split(batch_size):
             share = batch.tensor_split(accelerator.num_processes)[accelerator.process_index]
@@ -100,12 +120,18 @@ def evaluate(
                 out = model(given)
                 loss = criterion(out, pixels if target == "pixels" else given, labels)
                 parts.append(torch.stack([loss.total, loss.margin, loss.reconstruction]).float())
-                pairs.append(labels * classes + out.lengths.argmax(1))
+                longest, guesses = out.lengths.float().max(1)
+                own = out.lengths.float().gather(1, labels[:, None]).squeeze(1)
+                margins = criterion.margin.each(out.lengths, labels)
+                found[share] = torch.stack([guesses.float(), own, longest, margins.float()], 1)
             progress.update(len(batch))
     model.train(was_training)
 
-    counts = torch.bincount(torch.cat(pairs), minlength=classes * classes)
     sums = torch.stack(parts).cpu().double().sum(0).to(device)
-    counts, sums = accelerator.reduce((counts, sums), "sum")
+    found, sums = accelerator.reduce((found, sums), "sum")  # an image is one process's
+    guesses, own, longest, margins = found.cpu().unbind(1)
+    judged = Judged(images.labels.cpu(), guesses.long(), own, longest, margins)
+    pairs = judged.labels * classes + judged.guesses
+    counts = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
     total, margin, reconstruction = (sums.cpu() / len(images)).tolist()
-    return Evaluation(total, margin, reconstruction, counts.view(classes, classes).cpu())
+    return Evaluation(total, margin, reconstruction, counts, judged)

@@ -11,15 +11,19 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from mocapsnet import CapsNet
 from mocapsnet.train import data
-from mocapsnet.train.evaluation import Evaluation
+from mocapsnet.train.evaluation import Evaluation, Judged
 from mocapsnet.train.metrics import Row
+from mocapsnet.train.pictures.mistakes import mistakes_figure, worst
+from mocapsnet.train.pictures.pairs import pairs_figure, side_by_side
 
 
 def write_pictures(
     run: Path, rows: list[Row], model: CapsNet, test_set: data.ImageSet, tested: Evaluation
 ) -> list[Path]:
-    """Write reconstructions, confusion matrix and (given rows) learning curves into the run."""
+    """Draw reconstructions, confusion matrix, worst images and (given rows) learning curves."""
     figures = {"reconstructions": reconstructions(model, test_set)}
+    if tested.judged is not None:
+        figures["worst_images"] = worst_images(model, test_set, tested.judged)
     names = [test_set.name(label) for label in range(len(tested.confusion))]
     figures["confusion_matrix"] = confusion_matrix(tested, names)
     if rows:
@@ -69,37 +73,30 @@ def reconstructions(
     model.eval()
     out = model(model.preprocessing(pixels))
     labels, predicted = shown.labels.tolist(), out.lengths.argmax(1).tolist()
-    gap = pixels.new_ones(*pixels.shape[:3], 1)
-    pairs = torch.cat([pixels, gap, out.reconstruction], dim=3).cpu()  # [B, C, H, 2 W + 1]
-    _, C, H, width = pairs.shape
     names = [(test_set.name(a), test_set.name(b)) for a, b in zip(labels, predicted, strict=True)]
     # Above a pair is room for about 26 letters.
     two_lines = any(name != guess and len(name + guess) > 14 for name, guess in names)
     text = "{},\npredicted {}" if two_lines else "{}, predicted {}"
-    # One white picture with the pairs pasted in: much faster than axes of their own for each.
-    top, between = max(2, H // (2 if two_lines else 3)), max(2, H // 4)
-    rows = -(-len(pairs) // columns)
-    sheet = torch.ones(rows * (H + top), columns * (width + between) - between, C)
-    figure = Figure(figsize=(1.45 * columns, 1.0 * rows + 0.5), layout="constrained")
-    axes = figure.subplots()
-    axes.axis("off")
-    for i, (pair, (name, guess)) in enumerate(zip(pairs, names, strict=True)):
-        y, x = i // columns * (H + top) + top, i % columns * (width + between)
-        sheet[y : y + H, x : x + width] = pair.permute(1, 2, 0)
-        axes.text(
-            x + width / 2 - 0.5,
-            y - 1,
-            name if name == guess else text.format(name, guess),
-            ha="center",
-            va="bottom",
-            size=7,
-            linespacing=1.0,
-            parse_math=False,
-            color="black" if name == guess else "tab:red",
-        )
-    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title("Test images, each beside its reconstruction, under their class", size=10)
-    return figure
+    return pairs_figure(
+        side_by_side(pixels, out.reconstruction),
+        [name if name == guess else text.format(name, guess) for name, guess in names],
+        [label != guess for label, guess in zip(labels, predicted, strict=True)],
+        "Test images, each beside its reconstruction, under their class",
+        columns,
+    )
+
+
+def worst_images(
+    model: CapsNet, test_set: data.ImageSet, judged: Judged, count: int = 25
+) -> Figure:
+    """The test images with the largest margin loss."""
+    shown = worst(judged, count)
+    wrong = int((judged.labels != judged.guesses)[shown].sum())
+    title = (
+        f"Of {len(test_set):,} test images the {len(shown)} with the largest margin loss ({wrong} "
+        "mistakes),\neach beside its reconstruction, under its class and that capsule's length"
+    )
+    return mistakes_figure(model, test_set, judged, shown, title)
 
 
 def confusion_matrix(tested: Evaluation, names: list[str]) -> Figure:

@@ -6,12 +6,16 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 from mocapsnet import CapsuleLoss
 from mocapsnet.train import checkpoints
+from mocapsnet.train.data import ImageSet
 from mocapsnet.train.errors import InputError
-from mocapsnet.train.evaluation import Evaluation, evaluate
+from mocapsnet.train.evaluation import Evaluation, Judged, evaluate
 from mocapsnet.train.metrics import describe_damage, read_rows
 from mocapsnet.train.options import RunOptions, VisualizeOptions
+from mocapsnet.train.pictures.mistakes import worst
 from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
 from mocapsnet.train.run_folder import check_images, read_config
 
@@ -73,6 +77,8 @@ def report(command: RunOptions) -> Evaluation:
         ]
         if mistakes:
             print(f"most frequent mistakes: {', '.join(mistakes)}")
+        if tested.judged is not None:
+            print(f"largest margin losses: {', '.join(worst_images(test_set, tested.judged))}")
         if isinstance(command, VisualizeOptions):
             from mocapsnet.train.plots import write_pictures
 
@@ -87,3 +93,17 @@ def report(command: RunOptions) -> Evaluation:
                 print(line, flush=True)
     accelerator.end_training()
     return tested
+
+
+def worst_images(images: ImageSet, judged: Judged) -> list[str]:
+    """The images with the largest margin losses in words."""
+
+    def name(label: Tensor) -> str:
+        return images.name(int(label))
+
+    described = []
+    for i in worst(judged, 3):
+        label, guess = judged.labels[i], judged.guesses[i]
+        taken = "seen as such" if label == guess else f"taken for {name(guess)}"
+        described.append(f"image {i}, {name(label)} {taken} ({judged.margins[i]:.3f})")
+    return described

@@ -31,7 +31,12 @@ Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
 
 CHECKPOINT = {"model.safetensors", "optimizer.safetensors", "state.json"}
-PICTURES = ["learning_curves.png", "reconstructions.png", "confusion_matrix.png"]
+PICTURES = [
+    "learning_curves.png",
+    "reconstructions.png",
+    "confusion_matrix.png",
+    "worst_images.png",
+]
 INSIDE = ["dimensions.png", "places.png", "couplings.png", "layers.png"]
 
 

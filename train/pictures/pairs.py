@@ -1,0 +1,58 @@
+"""Images beside their reconstructions, many in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def side_by_side(pixels: Tensor, reconstruction: Tensor) -> Tensor:
+    """Pairs [B, C, H, 2 W + 1] of images and reconstructions [B, C, H, W], a white line between."""
+    gap = pixels.new_ones(*pixels.shape[:3], 1)
+    return torch.cat([pixels, gap, reconstruction], dim=3).cpu()
+
+
+def pairs_figure(
+    pairs: Tensor,
+    captions: Sequence[str],
+    wrong: Sequence[bool],
+    title: str,
+    columns: int = 8,
+    inches: float = 1.45,
+) -> Figure:
+    """Pairs in rows, each under its caption, which is red where it is wrong.
+
+    Args:
+        pairs: as of `side_by_side`, pixels in [0, 1].
+        captions: of at most two lines, with room for about 18 letters an inch.
+        inches: width of a pair.
+    """
+    B, C, H, width = pairs.shape
+    two_lines = any("\n" in caption for caption in captions)
+    # One white picture with the pairs pasted in: much faster than axes of their own for each.
+    top, between = max(2, H // (2 if two_lines else 3)), max(2, H // 4)
+    rows = -(-B // columns)
+    sheet = torch.ones(rows * (H + top), columns * (width + between) - between, C)
+    figure = Figure(figsize=(inches * columns, inches / 1.45 * rows + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axis("off")
+    for i, (pair, caption, bad) in enumerate(zip(pairs, captions, wrong, strict=True)):
+        y, x = i // columns * (H + top) + top, i % columns * (width + between)
+        sheet[y : y + H, x : x + width] = pair.permute(1, 2, 0)
+        axes.text(
+            x + width / 2 - 0.5,
+            y - 1,
+            caption,
+            ha="center",
+            va="bottom",
+            size=7,
+            linespacing=1.1,
+            parse_math=False,
+            color="tab:red" if bad else "black",
+        )
+    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, size=10)
+    return figure
