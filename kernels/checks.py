@@ -55,6 +55,32 @@ def capsules_and_weight(u: Tensor, W: Tensor) -> None:
         raise ValueError(f"W must have no empty dimension; got shape {list(W.shape)}")
 
 
+def bias(bias: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """`bias` is None, or [J, D] of this shape on this device."""
+    if bias is None:
+        return
+    tensor("bias", bias, "J D")
+    if bias.shape != tuple(shape) or bias.device != device:
+        raise ValueError(
+            f"bias must be [J, D] = {list(shape)} on {device}; "
+            f"got {list(bias.shape)} on {bias.device}"
+        )
+
+
+def pair(name: str, value: object, least: int) -> tuple[int, int]:
+    """`value`, an integer of at least `least` or two of them for y and x, as two."""
+    both = (value, value) if isinstance(value, int) else value
+    if (
+        not isinstance(both, Sequence)
+        or len(both) != 2
+        or not all(isinstance(x, int) and not isinstance(x, bool) and x >= least for x in both)
+    ):
+        raise ValueError(
+            f"{name} must be an integer of at least {least}, or two for y and x; got {value!r}"
+        )
+    return both[0], both[1]
+
+
 def number(name: str, value: object, low: float, high: float = math.inf) -> None:
     """`value` is a real number between `low` and `high`, both included, and finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:

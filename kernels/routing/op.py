@@ -97,13 +97,7 @@ def _implementation(
     """Checks the arguments of `routing` and says what runs them."""
     checks.capsules_and_weight(u, W)
     checks.routing_options(iterations, method, routing_grad, sda_mean, sda_scale)
-    if bias is not None:
-        checks.tensor("bias", bias, "J D")
-        if bias.shape != W.shape[2:] or bias.device != u.device:
-            raise ValueError(
-                f"bias must be [J, D] = {list(W.shape[2:])} on {u.device}; "
-                f"got {list(bias.shape)} on {bias.device}"
-            )
+    checks.bias(bias, W.shape[2:], u.device)
     if method == "sda":
         asked = {"sda_mean": (sda_mean, "batch"), "sda_scale": (sda_scale, "published")}
         for name, (value, eager) in asked.items():
