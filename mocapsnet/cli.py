@@ -10,13 +10,15 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from . import __version__
 
 if TYPE_CHECKING:
     from mocapsnet.train.options import (
+        ExperimentOptions,
         ExploreOptions,
         ExportOptions,
         ImportOptions,
@@ -26,7 +28,13 @@ if TYPE_CHECKING:
     )
 
     Command = (
-        TrainOptions | ExploreOptions | PredictOptions | ExportOptions | ImportOptions | RunOptions
+        TrainOptions
+        | ExperimentOptions
+        | ExploreOptions
+        | PredictOptions
+        | ExportOptions
+        | ImportOptions
+        | RunOptions
     )
 
 # Import names of what `pip install "mocapsnet[train]"` adds.
@@ -86,6 +94,7 @@ def _run(arguments: list[str]) -> None:
         return benchmark(arguments[1:])
 
     from mocapsnet.train.options import (
+        ExperimentOptions,
         ExploreOptions,
         ExportOptions,
         ImportOptions,
@@ -98,6 +107,10 @@ def _run(arguments: list[str]) -> None:
         from mocapsnet.train.loop import train
 
         train(command)
+    elif isinstance(command, ExperimentOptions):
+        from mocapsnet.train.experiments import experiment
+
+        experiment(command)
     elif isinstance(command, PredictOptions):
         from mocapsnet.train.predict import predict
 
@@ -130,14 +143,16 @@ def parse(arguments: list[str]) -> Command:
     from mocapsnet.train.option_values import check_continuation, resolve
     from mocapsnet.train.options import TrainOptions
 
-    command = _cli(arguments, TrainOptions())
+    if arguments[:1] == ["experiment"]:
+        return _experiment(arguments)
+    command, _ = _cli(arguments, TrainOptions())
     if not isinstance(command, TrainOptions):
         return command
     if command.resume is None:
         if command.recipe is not None:
             from mocapsnet.train import recipes
 
-            command = _cli(arguments, recipes.defaults(command))
+            command, _ = _cli(arguments, recipes.defaults(command))
             assert isinstance(command, TrainOptions)
         return resolve(command)
 
@@ -148,18 +163,35 @@ def parse(arguments: list[str]) -> Command:
     saved = dataclasses.replace(
         saved, out=None, data=dataclasses.replace(saved.data, download=False)
     )
-    command = _cli(arguments, saved)
+    command, _ = _cli(arguments, saved)
     assert isinstance(command, TrainOptions)
     check_continuation(saved, command)
     return resolve(command)
 
 
-def _cli(arguments: list[str], train: TrainOptions) -> Command:
+def _experiment(arguments: list[str]) -> Command:
+    """What `mocapsnet experiment` does not know are options for `mocapsnet train`."""
+    from mocapsnet.train.option_values import flag, flat
+    from mocapsnet.train.options import TrainOptions
+
+    command, others = _cli(arguments, TrainOptions(), unknown=True)
+    train, _ = _cli(["train", *others], TrainOptions())
+    words = {word.partition("=")[0].replace("_", "-") for word in others}
+    names = {name: flag(name) for name in flat(train) if flag(name) in words}
+    given = {option[2:].replace("-", "_"): flat(train)[name] for name, option in names.items()}
+    return dataclasses.replace(command, train=given)  # type: ignore[arg-type]
+
+
+def _cli(
+    arguments: list[str], train: TrainOptions, unknown: bool = False
+) -> tuple[Command, list[str]]:
+    """The command, and the words that were not understood, of which there are none but if asked."""
     import tyro
 
     from mocapsnet.train.options import (
         BenchmarkOptions,
         EvaluateOptions,
+        ExperimentOptions,
         ExploreOptions,
         ExportOptions,
         ImportOptions,
@@ -177,9 +209,11 @@ def _cli(arguments: list[str], train: TrainOptions) -> Command:
         | Annotated[ExportOptions, subcommand("export")]
         | Annotated[ImportOptions, subcommand("import")]
         | Annotated[ExploreOptions, subcommand("explore")]
+        | Annotated[ExperimentOptions, subcommand("experiment")]
         | Annotated[BenchmarkOptions, subcommand("benchmark")]
     )
-    command = tyro.cli(
+    read: Any = partial(
+        tyro.cli,
         Command,
         prog="mocapsnet",
         description="Train, examine and measure momentum capsule networks. --version prints the "
@@ -191,5 +225,6 @@ def _cli(arguments: list[str], train: TrainOptions) -> Command:
             tyro.conf.FlagCreatePairsOff,
         ),
     )
+    command, others = read(return_unknown_args=True) if unknown else (read(), [])
     assert not isinstance(command, BenchmarkOptions)  # there for --help; `_run` looks first
-    return command
+    return command, others

@@ -44,7 +44,7 @@ def train(options: TrainOptions) -> Path:
     with ExitStack() as held:
         if not new:
             held.enter_context(run_folder.claimed(run, accelerator, new=False))
-            if _finished(run, options):
+            if finished(run, options):
                 if accelerator.is_main_process:
                     epochs = options.optim.epochs
                     print(f"{run} is finished, {epochs} of {epochs} epochs; give --epochs to go on")
@@ -61,7 +61,7 @@ def train(options: TrainOptions) -> Path:
     return run
 
 
-def _finished(run: Path, options: TrainOptions) -> bool:
+def finished(run: Path, options: TrainOptions) -> bool:
     """Whether a run has nothing left to do. Raises: InputError if it has done more than asked."""
     found = checkpoints.latest(run)
     if found is None:
@@ -129,7 +129,7 @@ def _train(
     epoch = epochs_done
     resume = f"mocapsnet train --resume {run}"
     try:
-        with _terminate_as_interrupt():
+        with terminate_as_interrupt():
             for epoch in range(epochs_done, epochs):
                 row = trainer.epoch(epoch, f"last good checkpoint: {checkpoint}")
                 if schedule is not None:
@@ -176,7 +176,7 @@ def _check_finite(model: nn.Module, tested: Evaluation, row: Row, checkpoint: Pa
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Let SIGTERM, as sent by job schedulers and torchrun, end the run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield

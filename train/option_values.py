@@ -6,6 +6,8 @@ Whatever way options came, by the command line or from a run's config.json, `res
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
 import types
 import typing
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mocapsnet.preprocessing import Preprocessing
+from mocapsnet.train import recipes
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import (
     PRESETS,
@@ -37,6 +40,9 @@ RESUMABLE = {
 
 # Mean and deviation of pixels by which the published code normalises; 0.5 and 0.5 for others.
 PUBLISHED_PIXELS = {"mnist": (0.1307, 0.3081)}
+
+# Options that a network without momentum has no use for.
+MOMENTUM = ["model.gamma", "model.velocity", "model.memory", "model.anchor_every"]
 
 _GROUPS: dict[str, type] = {
     "data": DataOptions,
@@ -127,7 +133,7 @@ def _check_use(options: TrainOptions) -> None:
         )
     if options.model.name != "mocapsnet":
         refuse(
-            [f"model.{n}" for n in ("gamma", "velocity", "memory", "anchor_every")],
+            MOMENTUM,
             f"is for --model mocapsnet; {options.model.name} has no momentum",
         )
     if options.model.method != "sda":
@@ -153,6 +159,19 @@ def flat(options: Any, prefix: str = "") -> dict[str, Any]:
 def flag(name: str) -> str:
     """The command-line spelling of an option named as in `flat`."""
     return "--model" if name == "model.name" else "--" + name.split(".")[-1].replace("_", "-")
+
+
+def arguments(values: dict[str, Any]) -> list[str]:
+    """Words of a command line that give some options, by the names that `kinds` has."""
+    words: list[str] = []
+    for name, value in values.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [option] if value else []
+        elif value is not None:
+            several = value if isinstance(value, (list, tuple)) else [value]
+            words += [option, *map(str, several)]
+    return words
 
 
 def check_continuation(saved: TrainOptions, asked: TrainOptions) -> None:
@@ -190,29 +209,70 @@ def from_json(saved: Any, complete: bool = True) -> TrainOptions:
     if not isinstance(saved, dict):
         raise InputError(f"options must be an object, not {saved!r}")
     groups = {name: _group(name, kind, saved, complete) for name, kind in _GROUPS.items()}
-    out = _value("out", saved.get("out"), str | None)
-    recipe = _value("recipe", saved.get("recipe"), RecipeName | None)
+    out = of_kind("out", saved.get("out"), str | None)
+    recipe = of_kind("recipe", saved.get("recipe"), RecipeName | None)
     for name in saved:
         if name not in {*groups, "recipe", "out", "resume"}:
             raise InputError(f"unknown options {name}")
     return resolve(TrainOptions(**groups, recipe=recipe, out=out))
 
 
+@functools.cache
+def kinds() -> dict[str, tuple[str, Any]]:
+    """Group, and name in it, and type of every option, by the name it has on the command line."""
+    found = {
+        flag(f"{group}.{name}")[2:].replace("-", "_"): (f"{group}.{name}", kind)
+        for group, options in _GROUPS.items()
+        for name, kind in _hints(options).items()
+    }
+    return found | {"recipe": ("recipe", RecipeName | None)}
+
+
+def from_names(values: dict[str, Any]) -> TrainOptions:
+    """Resolved options of some values, by the names that `kinds` has, as a command line has them.
+
+    Raises: InputError as `from_json`.
+    """
+    known, recipe = kinds(), values.get("recipe")
+
+    def filled(defaults: dict[str, Any]) -> TrainOptions:
+        groups = {group: dict(defaults.get(group, {})) for group in _GROUPS}
+        for name, value in values.items():
+            group, _, own = known[name][0].partition(".")
+            if own:
+                groups[group][own] = list(value) if isinstance(value, tuple) else value
+        return from_json(groups | {"recipe": recipe}, complete=False)
+
+    options = filled({})
+    if recipe is None:
+        return options
+    return filled(json.loads(json.dumps(dataclasses.asdict(recipes.defaults(options)))))
+
+
 def _group(group: str, kind: type, saved: dict[str, Any], complete: bool) -> Any:
     values = saved.get(group, {})
     if not isinstance(values, dict):
         raise InputError(f"{group} must be an object, not {values!r}")
-    kinds = typing.get_type_hints(kind)
+    kinds = _hints(kind)
     for name in values:
         if name not in kinds:
             raise InputError(f"unknown option {group}.{name}")
     for name in kinds:
         if complete and name not in values:
             raise InputError(f"{group}.{name} is missing")
-    return kind(**{name: _value(f"{group}.{name}", v, kinds[name]) for name, v in values.items()})
+    return kind(**{name: of_kind(f"{group}.{name}", v, kinds[name]) for name, v in values.items()})
 
 
-def _value(name: str, value: Any, kind: Any) -> Any:
+@functools.cache
+def _hints(options: type) -> dict[str, Any]:
+    return typing.get_type_hints(options)
+
+
+def of_kind(name: str, value: Any, kind: Any) -> Any:
+    """A value of a JSON file as an option of that type.
+
+    Raises: InputError that begins with `name`.
+    """
     if not _fits(value, kind):
         raise InputError(f"{name} is {value!r}, but must be {_describe(kind)}")
     return tuple(value) if isinstance(value, list) else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "folder"]
 ModelName = Literal["mocapsnet", "rescapsnet", "capsnet"]
@@ -299,6 +299,51 @@ class ExploreOptions:
     """Do not open the page in a browser."""
     data_dir: str | None = None
     """Folder that holds the data sets' files, for test images (None: the one the run used)."""
+
+
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """Train what a table of the paper, or an experiment of your own, is made of.
+
+    Runs that are finished are skipped, interrupted ones are continued, and after each the table is
+    written beside the paper's numbers. Any other option of `mocapsnet train` may be given as well,
+    and then holds for all runs.
+    """
+
+    name: Annotated[Positional[str], arg(metavar="NAME|FILE")] = ""
+    """table1, table2, table3, table5 or deep, or a JSON file like theirs; without it they are
+    listed."""
+    out: Annotated[str, arg(metavar="DIR")] = "runs"
+    """Folder for the experiment's folder, DIR/NAME."""
+    jobs: Annotated[int | None, arg(metavar="INT")] = None
+    """Runs at a time, each on a GPU of its own as far as there are some; on the CPU they share the
+    threads (None: one, or one on every GPU)."""
+    dry_run: bool = False
+    """List the runs, their states, and how long they will take by a few steps of each network."""
+    report: bool = False
+    """Only write the table anew, from the runs that are there."""
+    copy: Annotated[str | None, arg(metavar="FILE")] = None
+    """Write the experiment's JSON file here, to make one of your own of it."""
+    datasets: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
+    """Only these data sets, or others than the experiment's."""
+    models: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
+    """Only these networks, or others."""
+    blocks: Annotated[tuple[int, ...] | None, arg(metavar="INT ...")] = None
+    """Only these numbers of blocks, or others."""
+    seeds: Annotated[tuple[int, ...] | None, arg(metavar="INT ...")] = None
+    """Only these seeds, or others."""
+    epochs: Annotated[int | None, arg(metavar="INT")] = None
+    """Epochs of every run; more than before makes runs longer."""
+    channels: Annotated[int | None, arg(metavar="INT")] = None
+    """Channels of the two convolutions."""
+    limit: Annotated[int | None, arg(metavar="INT")] = None
+    """Use only the first N training images and the first N test images."""
+    data_dir: Annotated[str | None, arg(metavar="DIR")] = None
+    """Folder that holds the data sets' files (None: data)."""
+    folders: Annotated[tuple[str, ...], arg(metavar="DATASET=DIR ...")] = ()
+    """Read a data set from a folder of images instead, as --dataset folder does."""
+    train: Annotated[Any, Suppress] = None
+    """{name: value} of the other options of `mocapsnet train`, put in by the command line."""
 
 
 @dataclass(frozen=True)

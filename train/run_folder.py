@@ -38,6 +38,8 @@ FORMAT = 2
 
 CONFIG = "config.json"
 LOCK, HOLDER = ".lock", ".lock-holder.json"
+# What `mocapsnet experiment` keeps of the output of the trainings that it starts.
+LOG = "train.log"
 
 
 def choose(options: TrainOptions) -> Path:
@@ -57,7 +59,7 @@ def choose(options: TrainOptions) -> Path:
 
 def _check_empty(run: Path) -> None:
     # What a run leaves that was killed before its config.json was there.
-    remains = {LOCK, HOLDER, CONFIG + ".tmp"}
+    remains = {LOCK, HOLDER, LOG, CONFIG + ".tmp"}
     if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - remains):
         raise InputError(
             f"{run} exists and is not an empty folder; choose another --out, or continue that run "
@@ -94,9 +96,9 @@ def _claim(run: Path, lock: FileLock, new: bool) -> str:
         lock.acquire(timeout=0)
         if new:
             _check_empty(run)  # another training may have come in between
-        write_whole(run / HOLDER, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        write_holder(run)
     except Timeout:
-        return f"{run} is in use by {_holder(run)}; wait for that training or end it"
+        return f"{run} is in use by {holder(run)}; wait for that training or end it"
     except InputError as error:
         lock.release()
         return str(error)
@@ -105,10 +107,16 @@ def _claim(run: Path, lock: FileLock, new: bool) -> str:
     return ""
 
 
-def _holder(run: Path) -> str:
+def write_holder(folder: Path) -> None:
+    """Note that this process holds a folder's lock."""
+    write_whole(folder / HOLDER, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+
+
+def holder(folder: Path) -> str:
+    """Who holds a folder's lock, in words."""
     try:
-        holder = json.loads((run / HOLDER).read_bytes())
-        return f"process {holder['pid']} on {holder['host']}"
+        found = json.loads((folder / HOLDER).read_bytes())
+        return f"process {found['pid']} on {found['host']}"
     except (OSError, ValueError, LookupError, TypeError):
         return "another process"
 

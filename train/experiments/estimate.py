@@ -1,0 +1,218 @@
+"""How long runs will take: from their epochs so far, else from a few steps of the real network."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from mocapsnet import CapsuleLoss
+from mocapsnet.train import data
+from mocapsnet.train.evaluation import evaluate
+from mocapsnet.train.experiments.runs import Run
+from mocapsnet.train.experiments.schedule import Place
+from mocapsnet.train.experiments.states import State
+from mocapsnet.train.memory import KEPT, parameters
+from mocapsnet.train.optimizers import build_optimizer
+from mocapsnet.train.option_values import flat
+from mocapsnet.train.options import TrainOptions
+from mocapsnet.train.prepare import build, make_accelerator, network_config
+from mocapsnet.train.trainer import Trainer
+
+# Training and test images of the data sets with a name.
+COUNTS = {
+    "digits": (1347, 450),
+    "mnist": (60_000, 10_000),
+    "fashion-mnist": (60_000, 10_000),
+    "svhn": (73_257, 26_032),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+}
+
+# Steps that are timed, after one that is not.
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds that a run still takes, and how they were found."""
+
+    seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a data set is for a step: counts, shape, classes."""
+
+    train: int
+    test: int
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+
+
+def estimate(
+    runs: list[Run],
+    states: dict[str, State],
+    where: Place,
+    tell: Callable[[str], None],
+) -> dict[str, Estimate]:
+    """Estimate what each run that is not finished still takes.
+
+    Epochs of the same options but for the seed are the best measure, though tests are not counted
+    in them. Else steps are timed, on
+    random images, with the fewest and the most blocks; between them time is a straight line. A
+    process takes as long to start as this one did.
+
+    Args:
+        tell: is told what is measured.
+    """
+    start = time.time() - psutil.Process().create_time()
+    known: dict[Any, float] = {}
+    for run in runs:
+        seconds = states[run.name].seconds
+        if seconds is not None:
+            known.setdefault(_alike(run.options), seconds)
+    images: dict[Any, Images] = {}
+    measured: dict[Any, tuple[float, float]] = {}
+    found: dict[str, Estimate] = {}
+    for run in runs:
+        state = states[run.name]
+        if state.kind in ("finished", "other"):
+            continue
+        left = run.options.optim.epochs - state.epochs
+        per_epoch = known.get(_alike(run.options))
+        if per_epoch is not None:
+            found[run.name] = Estimate(start + left * per_epoch, "its epochs")
+            continue
+        source = (run.options.data.dataset, run.options.data.data_dir)
+        if source not in images:
+            images[source] = _images(run.options)
+        per_epoch, how = _between(run, runs, images[source], where, measured, tell)
+        found[run.name] = Estimate(start + left * per_epoch, how)
+    return found
+
+
+def _alike(options: TrainOptions) -> tuple[Any, ...]:
+    """What the time of an epoch depends on."""
+    ignored = {"optim.seed", "optim.epochs", "optim.lr", "data.data_dir", "data.download", "out"}
+    return tuple((k, v) for k, v in flat(options).items() if k not in ignored)
+
+
+def _between(
+    run: Run,
+    runs: list[Run],
+    images: Images,
+    where: Place,
+    measured: dict[Any, tuple[float, float]],
+    tell: Callable[[str], None],
+) -> tuple[float, str]:
+    """Seconds of an epoch of a run, from steps with the fewest and the most blocks."""
+
+    def with_blocks(blocks: int) -> TrainOptions:
+        model = dataclasses.replace(run.options.model, blocks=blocks)
+        return dataclasses.replace(run.options, model=model)
+
+    def seconds(blocks: int) -> float:
+        options = with_blocks(blocks)
+        key = _alike(options)
+        if key not in measured:
+            tell(f"timing {STEPS} steps of {run.name.partition('-blocks-')[0]}, {blocks} block(s)")
+            measured[key] = time_steps(options, images, where)
+        step, test = measured[key]
+        limit, batch = options.data.limit, options.optim.batch_size
+        train_images = min(images.train, limit or images.train)
+        test_images = min(images.test, limit or images.test)
+        return step * -(-train_images // batch) + test * -(-test_images // batch)
+
+    ours = _alike(with_blocks(0))
+    blocks = sorted(
+        {
+            other.options.model.blocks
+            for other in runs
+            if _alike(
+                dataclasses.replace(
+                    other.options, model=dataclasses.replace(other.options.model, blocks=0)
+                )
+            )
+            == ours
+        }
+    )
+    low, high, own = blocks[0], blocks[-1], run.options.model.blocks
+    if own in (low, high):
+        return seconds(own), f"{STEPS} steps"
+    share = (own - low) / (high - low)
+    return (1 - share) * seconds(low) + share * seconds(high), (
+        f"{STEPS} steps with {low} and with {high} blocks"
+    )
+
+
+def _images(options: TrainOptions) -> Images:
+    """A data set with a name is known; a folder is read."""
+    name = options.data.dataset
+    if name in COUNTS:
+        classes = tuple(map(str, range(100 if name == "cifar100" else 10)))
+        return Images(*COUNTS[name], data.SHAPES[name], classes)
+    train, test = data.load(options.data)
+    return Images(len(train), len(test), train.image_shape, train.classes)
+
+
+def time_steps(options: TrainOptions, images: Images, where: Place) -> tuple[float, float]:
+    """Seconds of an optimiser step and of a batch of tests, on random images.
+
+    The network, its optimiser and the loop are those of a training.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(where.threads)
+    try:
+        return _time_steps(options, images)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _time_steps(options: TrainOptions, images: Images) -> tuple[float, float]:
+    batch = options.optim.batch_size
+    accelerator = make_accelerator(options.machine, options.optim.gradient_accumulation)
+    noise = np.random.default_rng(0)
+
+    def random_images(count: int) -> data.ImageSet:
+        pixels = noise.integers(0, 256, (count, *images.shape), np.uint8)
+        labels = noise.integers(0, len(images.classes), count)
+        files = ("random images", "random images")
+        return data.image_set(pixels, labels, images.classes, files).to(accelerator.device)
+
+    first, several = random_images(batch), random_images(batch * STEPS)
+    model = build(options, first)
+    optimizer, _ = build_optimizer(options.optim, model.parameters(), 1000)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    criterion = CapsuleLoss(options.optim.reconstruction_weight)
+    for image_set in (first, several):
+        trainer = Trainer(
+            accelerator, prepared, criterion, optimizer, image_set, model.preprocessing, options
+        )
+        row = trainer.epoch(0, "")
+    started = time.perf_counter()
+    evaluate(accelerator, model, criterion, first, batch)
+    tested = time.perf_counter() - started
+    accelerator.free_memory()
+    return row["train_seconds"] / STEPS, tested
+
+
+def disk(runs: list[Run]) -> int:
+    """Bytes that the checkpoints and networks of runs take when they are finished."""
+    total = 0
+    for run in runs:
+        name = run.options.data.dataset
+        if name in COUNTS:
+            pixels = np.zeros((1, *data.SHAPES[name]), np.uint8)
+            classes = tuple(map(str, range(100 if name == "cifar100" else 10)))
+            config = network_config(run.options, data.image_set(pixels, [0], classes, ("", "")))
+            # Weights twice, in the checkpoint and in the model, and the optimiser's numbers.
+            total += 4 * KEPT[run.options.optim.optimizer] * parameters(config)
+    return total
