@@ -1,5 +1,6 @@
 """Momentum capsule networks with fused routing."""
 
+from .conv_layers import ConvCapsuleLayer
 from .inspection import LayerRecord, inspect_layers
 from .layers import CapsuleLayer, PrimaryCapsules
 from .loss import CapsuleLoss, LossParts, MarginLoss
@@ -26,6 +27,7 @@ __all__ = [
     "CapsNetOutput",
     "CapsuleLayer",
     "CapsuleLoss",
+    "ConvCapsuleLayer",
     "Decoder",
     "LayerRecord",
     "LossParts",

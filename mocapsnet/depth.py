@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from .conv_layers import ConvCapsuleLayer
 from .layers import CapsuleLayer, squashed, unsquashed
 
 HIDDEN_SUM_LENGTH = 0.5
@@ -38,8 +39,9 @@ def capsule_layers(
     capsules: int,
     dim: int,
     in_length: float = HIDDEN_LENGTH,
+    kernel_size: int | tuple[int, int] | None = None,
     **options: Any,
-) -> list[CapsuleLayer]:
+) -> list[CapsuleLayer] | list[ConvCapsuleLayer]:
     """Layers for a stack that starts by keeping its input, however deep it is.
 
     A residual layer starts the more modestly the more they are: all outputs, laid end to end, are
@@ -51,7 +53,8 @@ def capsule_layers(
         weights: of the outputs in the stream; [] for a stack that adds nothing up.
         layers: how many; capsules, dim: of every one.
         in_length: root mean square length of the capsules that enter the stack, below 1.
-        options: of `CapsuleLayer`.
+        kernel_size: of convolutional layers that keep their grid; None for dense layers.
+        options: of `CapsuleLayer`, or of `ConvCapsuleLayer`.
     """
     if layers < 0:
         raise ValueError(f"layers must be at least 0; got {layers}")
@@ -60,10 +63,9 @@ def capsule_layers(
             f"in_length must lie between 0 and 1, both excluded, as lengths of squashed capsules "
             f"do; got {in_length}"
         )
-    sum_length = unsquashed(branch_length(weights, layers, in_length))
-    return [
-        CapsuleLayer(
-            capsules, dim, capsules, dim, in_length=length, sum_length=sum_length, **options
-        )
-        for length in stream_lengths(weights, layers, in_length)[:-1]
-    ]
+    options["sum_length"] = unsquashed(branch_length(weights, layers, in_length))
+    shape, lengths = (capsules, dim, capsules, dim), stream_lengths(weights, layers, in_length)[:-1]
+    if kernel_size is None:
+        return [CapsuleLayer(*shape, in_length=length, **options) for length in lengths]
+    options["kernel_size"] = kernel_size
+    return [ConvCapsuleLayer(*shape, in_length=length, **options) for length in lengths]

@@ -48,7 +48,67 @@ class PrimaryCapsules(nn.Module):
         return f"dim={self.dim}, grouping={self.grouping!r}"
 
 
-class CapsuleLayer(nn.Module):
+class RoutingLayer(nn.Module):
+    """What capsule layers have in common: a weight, a bias perhaps, and how routing is done.
+
+    Args:
+        shape: of the weight [..., N, K, J, D].
+        votes: that an output capsule gets, for `init="length"`.
+        others: as for `CapsuleLayer`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        votes: float,
+        *,
+        iterations: int,
+        method: str,
+        routing_grad: str,
+        bias: bool,
+        init: str,
+        in_length: float,
+        sum_length: float,
+        backend: str | None,
+        sda_mean: str = "input",
+        sda_scale: str = "paper",
+        bias_init: float = 0.0,
+    ):
+        super().__init__()
+        _, K, J, D = sizes = shape[-4:]
+        if min(sizes) < 1:
+            raise ValueError(
+                f"in_capsules, in_dim, out_capsules and out_dim must be positive; got {sizes}"
+            )
+        routing_options(iterations, method, routing_grad, sda_mean, sda_scale)
+        if init not in ("length", "paper"):
+            raise ValueError(f"init must be 'length' or 'paper'; got {init!r}")
+        if min(in_length, sum_length) <= 0:
+            raise ValueError(
+                f"in_length and sum_length must be positive; got {in_length} and {sum_length}"
+            )
+        self.iterations = iterations
+        self.method = method
+        self.routing_grad = routing_grad
+        self.sda_mean = sda_mean
+        self.sda_scale = sda_scale
+        self.bias_init = bias_init
+        self.backend = backend
+        self.std = 0.01
+        if init == "length":
+            rounds = iterations if method == "rba" else 1
+            self.std = weight_std((votes, K, J, D), in_length, sum_length, rounds)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(J, D)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, self.bias_init)
+
+
+class CapsuleLayer(RoutingLayer):
     """A fully connected capsule layer with dynamic routing.
 
     With `init="length"` the transformation matrices are drawn from a normal distribution whose
@@ -91,38 +151,21 @@ class CapsuleLayer(nn.Module):
         sum_length: float = 0.5,
         backend: str | None = None,
     ):
-        super().__init__()
-        sizes = (in_capsules, in_dim, out_capsules, out_dim)
-        if min(sizes) < 1:
-            raise ValueError(
-                f"in_capsules, in_dim, out_capsules and out_dim must be positive; got {sizes}"
-            )
-        routing_options(iterations, method, routing_grad, sda_mean, sda_scale)
-        if init not in ("length", "paper"):
-            raise ValueError(f"init must be 'length' or 'paper'; got {init!r}")
-        if min(in_length, sum_length) <= 0:
-            raise ValueError(
-                f"in_length and sum_length must be positive; got {in_length} and {sum_length}"
-            )
-        self.iterations = iterations
-        self.method = method
-        self.routing_grad = routing_grad
-        self.sda_mean = sda_mean
-        self.sda_scale = sda_scale
-        self.bias_init = bias_init
-        self.backend = backend
-        self.std = 0.01
-        if init == "length":
-            rounds = iterations if method == "rba" else 1
-            self.std = weight_std(sizes, in_length, sum_length, rounds)
-        self.weight = nn.Parameter(torch.empty(sizes))
-        self.bias = nn.Parameter(torch.empty(out_capsules, out_dim)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
-        if self.bias is not None:
-            nn.init.constant_(self.bias, self.bias_init)
+        super().__init__(
+            (in_capsules, in_dim, out_capsules, out_dim),
+            in_capsules,
+            iterations=iterations,
+            method=method,
+            routing_grad=routing_grad,
+            bias=bias,
+            init=init,
+            in_length=in_length,
+            sum_length=sum_length,
+            backend=backend,
+            sda_mean=sda_mean,
+            sda_scale=sda_scale,
+            bias_init=bias_init,
+        )
 
     def forward(self, u: Tensor) -> Tensor:
         return routing(
@@ -177,10 +220,11 @@ def unsquashed(length: float) -> float:
 
 
 def weight_std(
-    shape: tuple[int, int, int, int], in_length: float, sum_length: float, iterations: int
+    shape: tuple[float, int, int, int], in_length: float, sum_length: float, iterations: int
 ) -> float:
     """Standard deviation of W [N, K, J, D] that gives weighted sums of length `sum_length`.
 
+    N is the number of votes an output capsule gets, on average where that is not the same for all.
     With equal couplings 1 / J, E|s|^2 = N D (std * in_length / J)^2 =: t^2. Further iterations of
     routing by agreement lengthen s: to first order a coupling grows by (u_hat_ij . V_j) (1 - 1/J)
     / J, which adds to s the covariance of the votes times V, and that is t^2 (J - 1) / D times V.

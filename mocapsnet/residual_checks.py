@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module
 
-from .layers import CapsuleLayer
+from .conv_layers import ConvCapsuleLayer
+from .layers import CapsuleLayer, RoutingLayer
 
-CALLS = (CapsuleLayer.forward, CapsuleLayer._call_impl, CapsuleLayer.__call__)
+
+def calls(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """What a call of a layer of this class runs."""
+    return kind.forward, kind._call_impl, kind.__call__
+
+
+CALLS = {kind: calls(kind) for kind in (CapsuleLayer, ConvCapsuleLayer)}
 
 Versions = list[tuple[Tensor, int]]
 
@@ -36,7 +43,7 @@ def checked_output(f: Any, x: Tensor, n: int, layer: nn.Module) -> Tensor:
 
 def branch(n: int, layer: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     """Output of layer n in x's dtype; a layer in half precision is given x in its own."""
-    half = None if isinstance(layer, CapsuleLayer) else half_precision(layer)
+    half = None if isinstance(layer, RoutingLayer) else half_precision(layer)
     f = layer(x if half is None else x.to(half), *args, **kwargs)
     return checked_output(f, x, n, layer).to(x.dtype)
 
@@ -53,13 +60,13 @@ def half_precision(layer: nn.Module) -> torch.dtype | None:
 
 
 def known(layer: nn.Module) -> bool:
-    """Whether calling this layer is `CapsuleLayer.forward` as this library defines it and no more.
+    """Whether calling this layer is a capsule layer's forward as this library defines it, no more.
 
-    Then it draws no random numbers, changes nothing, and may be run by the fused operation. A
+    Then it draws no random numbers, changes nothing, and may be run by a fused operation. A
     subclass may do otherwise, which parametrizations, `fully_shard` and the like make of a layer,
     and so may a hook, a forward of the object's own (Accelerate, many LoRAs) or a compiled call.
     """
-    if type(layer) is not CapsuleLayer or layer._compiled_call_impl is not None:
+    if type(layer) not in CALLS or layer._compiled_call_impl is not None:
         return False
     own = vars(layer)
     if "forward" in own or "_call_impl" in own or layer.forward is None:
@@ -73,7 +80,7 @@ def known(layer: nn.Module) -> bool:
 
 
 def patched() -> bool:
-    """Whether a call of any `CapsuleLayer` does something else: a global hook, a patched class.
+    """Whether a call of a capsule layer may do something else: a global hook, a patched class.
 
     Hooks that follow which module runs, for `torch.utils.flop_counter`, change nothing, and neither
     does what `torch.export` puts in the place of every module's `__call__`.
@@ -86,9 +93,12 @@ def patched() -> bool:
     )
     if any(hooks) and not all(follows(hook) for some in hooks for hook in some.values()):
         return True
-    calls = (CapsuleLayer.forward, CapsuleLayer._call_impl, CapsuleLayer.__call__)
     judged = 2 if torch.compiler.is_exporting() else 3
-    return any(call is not own for call, own in list(zip(calls, CALLS, strict=True))[:judged])
+    return any(
+        call is not own
+        for kind, known in CALLS.items()
+        for call, own in zip(calls(kind)[:judged], known, strict=False)
+    )
 
 
 def follows(hook: Any) -> bool:

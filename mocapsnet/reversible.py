@@ -37,6 +37,7 @@ class CapsuleStack(nn.Module):
         dim: int,
         *,
         in_length: float = HIDDEN_LENGTH,
+        kernel_size: int | tuple[int, int] | None = None,
         layer: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Self:
@@ -51,13 +52,17 @@ class CapsuleStack(nn.Module):
             layers: number of layers; capsules, dim: of each.
             in_length: root mean square length of the capsules that enter, in (0, 1); that of a
                 default `CapsuleLayer`'s output unless given.
-            layer: options of every `CapsuleLayer`, as {"method": "sda"}.
+            kernel_size: of convolutional layers on states [B, H, Wd, capsules, dim] whose grid they
+                keep, see `ConvCapsuleLayer`; None for dense layers and [B, capsules, dim].
+            layer: options of every layer, as {"method": "sda"} or {"grid": (8, 8)}.
             options: of the stack.
         Raises: ValueError if an option is out of range.
         """
         stack = cls([], **options)
         stack.layers.extend(
-            capsule_layers(stack.stream_weights, layers, capsules, dim, in_length, **(layer or {}))
+            capsule_layers(
+                stack.stream_weights, layers, capsules, dim, in_length, kernel_size, **(layer or {})
+            )
         )
         return stack
 
