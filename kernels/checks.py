@@ -132,3 +132,28 @@ def labels(labels: Tensor, lengths: Tensor) -> None:
             f"labels must lie between 0 and {classes - 1}, for {classes} classes; got {wrong[0]}: "
             "leave out samples that have no class"
         )
+
+
+def shares(shares: Tensor, lengths: Tensor) -> None:
+    """`shares` are numbers between 0 and 1 [B, classes] for `lengths`, on the same device.
+
+    Values are looked at as those of `labels` are.
+    """
+    tensor("lengths", lengths, "B classes")
+    if shares.shape != lengths.shape or shares.device != lengths.device:
+        raise ValueError(
+            f"labels must be class indices [B], or shares of the classes [B, classes] = "
+            f"{list(lengths.shape)} on {lengths.device}; got shape {list(shares.shape)} on "
+            f"{shares.device}"
+        )
+    if torch.compiler.is_compiling() or shares.device.type not in ("cpu", "meta"):
+        inside = shares.clamp(0, 1) == shares
+        torch._assert_async(inside.all(), "shares of classes must lie between 0 and 1")
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(shares):
+        shares = torch._C._functorch.get_unwrapped(shares)
+    if type(shares) is not Tensor or shares.is_meta or torch.jit.is_tracing():
+        return
+    wrong = shares[~(shares.clamp(0, 1) == shares)]
+    if len(wrong):
+        raise ValueError(f"shares of classes must lie between 0 and 1; got {wrong[0]}")

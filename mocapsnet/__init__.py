@@ -1,6 +1,7 @@
 """Momentum capsule networks with fused routing."""
 
 from .conv_layers import ConvCapsuleLayer
+from .conv_model import ConvMoCapsNet, ConvMoCapsNetConfig
 from .inspection import LayerRecord, inspect_layers
 from .layers import CapsuleLayer, PrimaryCapsules
 from .loss import CapsuleLoss, LossParts, MarginLoss
@@ -28,6 +29,8 @@ __all__ = [
     "CapsuleLayer",
     "CapsuleLoss",
     "ConvCapsuleLayer",
+    "ConvMoCapsNet",
+    "ConvMoCapsNetConfig",
     "Decoder",
     "LayerRecord",
     "LossParts",

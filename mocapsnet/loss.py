@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import checks
-from .model import CapsNetOutput
+from .model import CapsNetOutput, presence
 
 
 class MarginLoss(nn.Module):
@@ -16,12 +16,17 @@ class MarginLoss(nn.Module):
 
     L = sum_k T_k max(0, upper - |v_k|)^2 + down_weight (1 - T_k) max(0, |v_k| - lower)^2
 
+    T_k is 1 for the true class and 0 for others, or the share that a class has in a mixed image.
+    L is linear in T: an image of which a share p shows class a and the rest class b has the loss
+    p L_a + (1 - p) L_b of both labels, as mixing wants it.
+
     Args:
         upper, lower: margins m+ and m- on the capsule's length.
         down_weight: weight of the absent classes.
         reduction: "sum" over the batch, as published, or "mean".
-    Shapes: lengths [B, classes], labels [B], class indices of an integer dtype -> scalar.
-    Raises: ValueError if an option is out of range, or labels are not class indices [B]. On a GPU
+    Shapes: lengths [B, classes], labels [B], class indices of an integer dtype, or shares
+        [B, classes] between 0 and 1, of a floating dtype -> scalar.
+    Raises: ValueError if an option is out of range, or labels are neither. On a GPU
         an index that is no class's ends the process's work on it, as in PyTorch's own losses.
     Source: Sabour et al. 2017, equation 4.
     """
@@ -54,12 +59,13 @@ class MarginLoss(nn.Module):
 
     def each(self, lengths: Tensor, labels: Tensor) -> Tensor:
         """The loss of every sample [B], whatever the reduction."""
-        checks.labels(labels, lengths)
         lengths = lengths.float() if lengths.itemsize < 4 else lengths
-        classes = torch.arange(lengths.shape[1], device=lengths.device)
+        T = presence(labels, lengths)
         present = (self.upper - lengths).clamp(min=0).square()
         absent = self.down_weight * (lengths - self.lower).clamp(min=0).square()
-        return torch.where(labels.unsqueeze(1) == classes, present, absent).sum(1)
+        if T.dtype == torch.bool:
+            return torch.where(T, present, absent).sum(1)
+        return (T * present + (1 - T) * absent).sum(1)
 
 
 class LossParts(NamedTuple):
@@ -77,6 +83,7 @@ class CapsuleLoss(nn.Module):
     Adam's steps do not depend on the scale of the loss as long as gradients are well above its
     epsilon, which the sum helps; gradient clipping, weight decay inside the loss and plain SGD do
     depend on it: with those, use `reduction="mean"` or a learning rate divided by the batch size.
+    Of a network without a decoder the margin loss is all.
 
     Args:
         reconstruction_weight: lambda of the paper's equation 1, per sample and pixel.
@@ -105,6 +112,9 @@ class CapsuleLoss(nn.Module):
         self.reduction = self.margin.reduction
 
     def forward(self, output: CapsNetOutput, pixels: Tensor, labels: Tensor) -> LossParts:
+        margin = self.margin(output.lengths, labels)
+        if output.reconstruction is None:
+            return LossParts(margin, margin, torch.zeros_like(margin))
         if pixels.shape != output.reconstruction.shape:
             raise ValueError(
                 f"pixels {list(pixels.shape)} must have the shape of the reconstruction "
@@ -115,7 +125,6 @@ class CapsuleLoss(nn.Module):
                 f"pixels must be floating point in [0, 1]; got {pixels.dtype}: bytes become that "
                 "by pixels.float() / 255"
             )
-        margin = self.margin(output.lengths, labels)
         error = (output.reconstruction - pixels).square().flatten(1).sum(1)
         reconstruction = error.sum() if self.reduction == "sum" else error.mean()
         total = margin + self.reconstruction_weight * reconstruction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from .layers import CapsuleLayer, PrimaryCapsules, squashed
 from .pretrained import Pretrained
 from .published import TwiceSkippedStack
 from .reversible import MomentumStack, ResidualStack
+
+if TYPE_CHECKING:
+    from .conv_model import ConvMoCapsNetConfig
 
 CLASS_SUM_LENGTH = 0.35
 
@@ -124,12 +127,13 @@ class CapsNetConfig:
 class CapsNetOutput(NamedTuple):
     """lengths [B, classes]; capsules [B, classes, class_dim]; reconstruction [B, C, H, W].
 
-    All float32, also of a network in half precision, or float64 of one in float64.
+    A network without a decoder has None for a reconstruction. All are float32, also of a network in
+    half precision, or float64 of one in float64.
     """
 
     lengths: Tensor
     capsules: Tensor
-    reconstruction: Tensor
+    reconstruction: Tensor | None
 
 
 _register_namedtuple(CapsNetOutput, serialized_type_name="mocapsnet.CapsNetOutput")
@@ -195,14 +199,21 @@ class CapsNet(Pretrained):
         options: any other field of `CapsNetConfig`.
     Shapes: images [B, C, H, W], normalised, of any floating dtype; labels [B] or None ->
         `CapsNetOutput`. The decoder sees the capsule of the class in `labels`, or of the longest
-        capsule if None.
+        capsule if None; with shares [B, classes] for labels all capsules, times their shares.
     Raises: ValueError if an option is out of range, the images are too small, or labels are not
         class indices [B].
     """
 
+    Config: ClassVar[Any] = CapsNetConfig
+
     def __init__(self, image_shape: tuple[int, int, int], classes: int, **options: Any):
         super().__init__()
-        c = self.config = CapsNetConfig(tuple(image_shape), classes, **options)  # type: ignore[arg-type]
+        self.config = self.Config(tuple(image_shape), classes, **options)
+        self.build()
+
+    def build(self) -> None:
+        """Make the layers that the configuration describes."""
+        c = self.config
         kernel, channels = c.kernel_size, c.channels
         self.convolutions = nn.Sequential(
             nn.Conv2d(c.image_shape[0], channels, kernel),
@@ -270,15 +281,17 @@ class CapsNet(Pretrained):
         with full_precision(images):
             dtype = torch.promote_types(features.dtype, self.last.weight.dtype)
             features = features.to(torch.promote_types(dtype, torch.float32))
-            capsules = self.last(self.stack(self.first(self.primary(features))))
+            capsules = self.route(features)
             lengths = torch.linalg.vector_norm(capsules, dim=-1)
-            if labels is not None:
-                checks.labels(labels, lengths)
-            shown = lengths.argmax(1) if labels is None else labels
-            classes = torch.arange(lengths.shape[1], device=lengths.device)
-            mask = shown.unsqueeze(1) == classes  # [B, classes]
+            mask = presence(lengths.argmax(1) if labels is None else labels, lengths)
+            if self.decoder is None:
+                return CapsNetOutput(lengths, capsules, None)
             reconstruction = self.decoder(capsules * mask.unsqueeze(-1))
         return CapsNetOutput(lengths, capsules, reconstruction)
+
+    def route(self, features: Tensor) -> Tensor:
+        """Class capsules [B, classes, class_dim] of what the convolutions made."""
+        return self.last(self.stack(self.first(self.primary(features))))
 
 
 class ResCapsNet(CapsNet):
@@ -315,11 +328,40 @@ class MoCapsNet(CapsNet):
 MODELS = {"capsnet": CapsNet, "rescapsnet": ResCapsNet, "mocapsnet": MoCapsNet}
 
 
-def build_model(name: str, config: CapsNetConfig) -> CapsNet:
-    """The network called `name`, "capsnet", "rescapsnet" or "mocapsnet", of a configuration."""
-    if name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
-    return MODELS[name](**vars(config))
+def networks() -> dict[str, type[CapsNet]]:
+    """All networks by their names."""
+    from .conv_model import ConvMoCapsNet
+
+    return MODELS | {"conv-mocapsnet": ConvMoCapsNet}
+
+
+def build_model(name: str, config: CapsNetConfig | ConvMoCapsNetConfig) -> CapsNet:
+    """The network called `name`, a key of `networks()`, of a configuration of its class.
+
+    Raises: ValueError if there is no such network, or the configuration is another network's.
+    """
+    known = networks()
+    if name not in known:
+        raise ValueError(f"model must be one of {', '.join(known)}; got {name!r}")
+    if type(config) is not known[name].Config:
+        raise ValueError(
+            f"{name} is built from a {known[name].Config.__name__}; got a {type(config).__name__}"
+        )
+    return known[name](**vars(config))
+
+
+def presence(labels: Tensor, lengths: Tensor) -> Tensor:
+    """Of every sample and class [B, classes] whether, or by what share, it is there.
+
+    Args:
+        labels: class indices [B], or shares between 0 and 1 [B, classes], as of mixed images.
+    Raises: ValueError if they are neither.
+    """
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == 2:
+        checks.shares(labels, lengths)
+        return labels.to(lengths.dtype)
+    checks.labels(labels, lengths)
+    return labels.unsqueeze(1) == torch.arange(lengths.shape[1], device=lengths.device)
 
 
 def nothing_adds_up(n: int) -> list[float]:

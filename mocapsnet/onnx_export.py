@@ -16,17 +16,21 @@ if TYPE_CHECKING:
     from .model import CapsNet
 
 INPUT = "pixels"
-OUTPUTS = ("lengths", "capsules", "reconstruction")
+
+
+def outputs(model: CapsNet) -> list[str]:
+    """Names of the file's outputs."""
+    return ["lengths", "capsules"] + ["reconstruction"] * (model.decoder is not None)
 
 
 def export_onnx(model: CapsNet, path: str | os.PathLike[str]) -> Path:
     """Write a network to an ONNX file, its normalisation included.
 
     The file's input is `pixels` [batch, C, H, W], float32 in [0, 1], for any batch; its outputs are
-    `lengths` [batch, classes], `capsules` [batch, classes, class_dim] and `reconstruction`
-    [batch, C, H, W] from the longest capsule. Its metadata hold `class_names`, a JSON list. Votes
-    of a whole batch are in memory at once, as in the reference implementation, which is what it
-    holds: batch x 1.2 MB for the first layer on MNIST.
+    `lengths` [batch, classes], `capsules` [batch, classes, class_dim] and, of a network with a
+    decoder, `reconstruction` [batch, C, H, W] from the longest capsule. Its metadata hold
+    `class_names`, a JSON list. Votes of a whole batch are in memory at once, as in the reference
+    implementation, which is what it holds: batch x 1.2 MB for the first layer on MNIST.
 
     Args:
         model: stays as it is.
@@ -46,7 +50,7 @@ def export_onnx(model: CapsNet, path: str | os.PathLike[str]) -> Path:
             graph,
             (example,),
             input_names=[INPUT],
-            output_names=list(OUTPUTS),
+            output_names=outputs(model),
             dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
             dynamo=True,
             verbose=False,
@@ -68,7 +72,7 @@ def difference(model: CapsNet, path: str | os.PathLike[str], images: int = 5) ->
     session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(images, *model.config.image_shape, generator=generator)
-    found = session.run(list(OUTPUTS), {INPUT: pixels.numpy()})
+    found = session.run(outputs(model), {INPUT: pixels.numpy()})
     with torch.no_grad():
         expected = _Graph(copy.deepcopy(model).float().cpu()).eval()(pixels)
     return max(
@@ -84,9 +88,9 @@ class _Graph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         output = self.model(self.model.preprocessing(pixels))
-        return output.lengths, output.capsules, output.reconstruction
+        return tuple(getattr(output, name) for name in outputs(self.model))
 
 
 def _plain(model: CapsNet) -> CapsNet:

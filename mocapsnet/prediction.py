@@ -19,15 +19,16 @@ class Predictions(NamedTuple):
     """Of B images.
 
     labels [B], class indices; names, those classes' names; lengths [B, classes]; capsules
-    [B, classes, class_dim]; reconstruction [B, C, H, W] from the predicted capsule; pixels
-    [B, C, H, W], the images in [0, 1] as the network saw them before normalisation.
+    [B, classes, class_dim]; reconstruction [B, C, H, W] from the predicted capsule, or None where a
+    network has no decoder; pixels [B, C, H, W], the images in [0, 1] as the network saw them before
+    normalisation.
     """
 
     labels: Tensor
     names: list[str]
     lengths: Tensor
     capsules: Tensor
-    reconstruction: Tensor
+    reconstruction: Tensor | None
     pixels: Tensor
 
 
@@ -83,7 +84,9 @@ class Predictor(nn.Module):
             ]
         finally:
             self.train(training)
-        lengths, capsules, reconstruction = map(torch.cat, zip(*outputs, strict=True))
-        labels = lengths.argmax(1)
+        lengths, capsules, drawn = zip(*outputs, strict=True)
+        all_lengths, all_capsules = torch.cat(lengths), torch.cat(capsules)
+        reconstruction = None if drawn[0] is None else torch.cat(drawn)
+        labels = all_lengths.argmax(1)
         names = [self.class_names[label] for label in labels.tolist()]
-        return Predictions(labels, names, lengths, capsules, reconstruction, pixels)
+        return Predictions(labels, names, all_lengths, all_capsules, reconstruction, pixels)

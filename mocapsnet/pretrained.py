@@ -8,7 +8,7 @@ Names and meaning of the methods are those of `huggingface_hub.ModelHubMixin`. T
 needed for models that are fetched or published, not for folders, and imported only then. Nothing is
 ever unpickled.
 
-A change that makes older files mean something else, or a new field of `CapsNetConfig`, needs a new
+A change that makes older files mean something else, or a new field of a configuration, needs a new
 FORMAT, and code here that reads the one before.
 """
 
@@ -147,9 +147,9 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") 
 
 def _config(model: Pretrained) -> dict[str, Any]:
     from . import __version__
-    from .model import MODELS
+    from .model import networks
 
-    names = {network: name for name, network in MODELS.items()}
+    names = {network: name for name, network in networks().items()}
     return {
         "format": FORMAT,
         "library": f"mocapsnet {__version__}",
@@ -163,23 +163,23 @@ def _config(model: Pretrained) -> dict[str, Any]:
 
 
 def _read(folder: Path, wanted: type[CapsNet]) -> CapsNet:
-    from .model import MODELS, CapsNetConfig
+    from .model import networks
 
+    known = networks()
     path = folder / CONFIG
     config = _json(path)
     try:
         name, network = config["model"], config["network"]
-        missing = {f.name for f in dataclasses.fields(CapsNetConfig)} - network.keys()
+        if name not in known:
+            raise ValueError(f"model must be one of {', '.join(known)}; got {name!r}")
+        saved = known[name]
+        missing = {f.name for f in dataclasses.fields(saved.Config)} - network.keys()
         if missing and config["format"] == FORMAT:
             raise KeyError(f"network.{min(missing)}")
-        shape, decoder = tuple(network["image_shape"]), tuple(network["decoder"])
-        options = network | {"image_shape": shape, "decoder": decoder}
+        options: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
         names = config["class_names"]
         preprocessing = Preprocessing(**config["preprocessing"])
-        if name not in MODELS:
-            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
-        saved = MODELS[name]
-        if issubclass(wanted, saved):  # also a class that someone derived
+        if wanted not in known.values() and issubclass(wanted, saved):  # someone derived it
             saved = wanted
         elif not issubclass(saved, wanted):
             raise ValueError(

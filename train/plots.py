@@ -21,7 +21,9 @@ def write_pictures(
     run: Path, rows: list[Row], model: CapsNet, test_set: data.ImageSet, tested: Evaluation
 ) -> list[Path]:
     """Draw reconstructions, confusion matrix, worst images and (given rows) learning curves."""
-    figures = {"reconstructions": reconstructions(model, test_set)}
+    figures = {}
+    if model.decoder is not None:
+        figures["reconstructions"] = reconstructions(model, test_set)
     if tested.judged is not None:
         figures["worst_images"] = worst_images(model, test_set, tested.judged)
     names = [test_set.name(label) for label in range(len(tested.confusion))]
@@ -92,9 +94,10 @@ def worst_images(
     """The test images with the largest margin loss."""
     shown = worst(judged, count)
     wrong = int((judged.labels != judged.guesses)[shown].sum())
+    beside = "" if model.decoder is None else "beside its reconstruction, "
     title = (
         f"Of {len(test_set):,} test images the {len(shown)} with the largest margin loss ({wrong} "
-        "mistakes),\neach beside its reconstruction, under its class and that capsule's length"
+        f"mistakes),\neach {beside}under its class and that capsule's length"
     )
     return mistakes_figure(model, test_set, judged, shown, title)
 

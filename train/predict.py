@@ -29,7 +29,8 @@ class Found:
 
     Attributes:
         lengths: of the class capsules [classes].
-        pair: the image as the network saw it, beside its reconstruction [C, H, 2 W + 1].
+        pair: the image as the network saw it, beside its reconstruction [C, H, 2 W + 1], or alone
+            [C, H, W] where the network has no decoder.
     """
 
     file: Path
@@ -114,8 +115,10 @@ def _batch(model: CapsNet, files: list[Path]) -> Iterator[Found]:
             faults[n] = str(error).removeprefix(f"{file}: ")
     if pixels:
         predicted = model.predict(torch.cat(list(pixels.values())))
-        gap = predicted.pixels.new_ones(*predicted.pixels.shape[:3], 1)
-        pairs = torch.cat([predicted.pixels, gap, predicted.reconstruction], 3).cpu()
+        pairs = predicted.pixels.cpu()
+        if predicted.reconstruction is not None:
+            gap = pairs.new_ones(*pairs.shape[:3], 1)
+            pairs = torch.cat([pairs, gap, predicted.reconstruction.cpu()], 3)
         rows = dict(zip(pixels, zip(predicted.lengths.cpu(), pairs, strict=True), strict=True))
     for n, file in enumerate(files):
         yield Found(file, faults[n]) if n in faults else Found(file, None, *rows[n])

@@ -143,3 +143,41 @@ def test_pixels_in_bytes_are_refused():
     bytes = torch.zeros(4, 1, 12, 10, dtype=torch.uint8)
     with pytest.raises(ValueError, match="pixels must be floating point.*got torch.uint8"):
         CapsuleLoss()(output(), bytes, torch.arange(4))
+
+
+def test_shares_of_classes_weigh_the_losses_of_their_labels():
+    lengths = torch.rand(4, 7, dtype=torch.float64)
+    first, second, share = torch.tensor([0, 6, 3, 3]), torch.tensor([1, 6, 0, 5]), 0.3
+    one_hot = torch.eye(7, dtype=torch.float64)
+    mixed = share * one_hot[first] + (1 - share) * one_hot[second]
+    loss = MarginLoss()
+    want = share * loss(lengths, first) + (1 - share) * loss(lengths, second)
+    torch.testing.assert_close(loss(lengths, mixed), want)
+    torch.testing.assert_close(loss(lengths, one_hot[first]), loss(lengths, first))
+
+
+def test_the_decoder_sees_capsules_by_their_shares():
+    model = MoCapsNet((1, 12, 10), 7, **SMALL)
+    x = torch.randn(2, 1, 12, 10)
+    mixed = torch.zeros(2, 7)
+    mixed[0, 2], mixed[0, 5], mixed[1, 1] = 0.25, 0.75, 1
+    out = model(x, mixed)
+    want = model.decoder(out.capsules * mixed.unsqueeze(-1))
+    torch.testing.assert_close(out.reconstruction, want)
+    labels = model(x, torch.tensor([2, 1])).reconstruction
+    torch.testing.assert_close(out.reconstruction[1], labels[1])
+
+
+@pytest.mark.parametrize(
+    "shares, message",
+    [
+        (torch.full((4, 7), 1.5), "between 0 and 1; got 1.5"),
+        (torch.full((4, 7), -0.1), "between 0 and 1; got -0.1"),
+        (torch.full((4, 7), float("nan")), "between 0 and 1; got nan"),
+        (torch.zeros(4, 6), r"shares of the classes \[B, classes\] = \[4, 7\].*got shape \[4, 6\]"),
+        (torch.zeros(4, 7, device="meta"), "on cpu; got shape .* on meta"),
+    ],
+)
+def test_shares_that_are_none_are_refused(shares, message):
+    with pytest.raises(ValueError, match=message):
+        MarginLoss()(torch.rand(4, 7), shares)

@@ -129,6 +129,11 @@ def read(command: ExploreOptions) -> tuple[Explorer, str, list[Example]]:
         network = mocapsnet.load(command.run)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if isinstance(network, mocapsnet.ConvMoCapsNet):
+        raise InputError(
+            f"{command.run} holds a ConvMoCapsNet, whose windows this page does not show; "
+            "mocapsnet predict tells what it sees in an image"
+        )
     title = f"{type(network).__name__} with {network.config.blocks} block(s)"
     run = Path(command.run)
     if not (run / "config.json").is_file() or not (run / "model").is_dir():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mocapsnet import CapsNet, images
+from mocapsnet import CapsNet, ConvMoCapsNet, images
 from mocapsnet.train.data import ImageSet, to_pixels
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import TrainOptions
@@ -49,13 +49,18 @@ def write(
         chosen: the image whose couplings are drawn, see `chosen_image`.
     """
     network.eval()
-    if options.optim.reconstruction_weight == 0:
+    if network.decoder is None:
+        yield "no dimensions.png: the network has no decoder to draw what they do"
+    elif options.optim.reconstruction_weight == 0:
         yield "no dimensions.png: with --reconstruction-weight 0 the decoder did not learn to draw"
     else:
         pages = list(dimensions.figures(network, test_set))
         for n, page in enumerate(pages, start=1):
             number = f"-{n:0{len(str(len(pages)))}d}" if len(pages) > 1 else ""
             yield str(save(page, run / f"dimensions{number}.png"))
+    if isinstance(network, ConvMoCapsNet):
+        yield "no places.png, couplings.png and layers.png: they show layers without a grid"
+        return
     seen = routes.route(network, *chosen)
     yield str(save(routes.places_figure(network, seen), run / "places.png"))
     yield str(save(routes.tables_figure(network, seen), run / "couplings.png"))

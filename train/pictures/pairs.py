@@ -9,8 +9,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def side_by_side(pixels: Tensor, reconstruction: Tensor) -> Tensor:
-    """Pairs [B, C, H, 2 W + 1] of images and reconstructions [B, C, H, W], a white line between."""
+def side_by_side(pixels: Tensor, reconstruction: Tensor | None) -> Tensor:
+    """Pairs [B, C, H, 2 W + 1] of images and reconstructions [B, C, H, W], a white line between;
+    images alone where a network has no decoder."""
+    if reconstruction is None:
+        return pixels.cpu()
     gap = pixels.new_ones(*pixels.shape[:3], 1)
     return torch.cat([pixels, gap, reconstruction], dim=3).cpu()
 
