@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -347,14 +348,14 @@ def test_a_table_is_exact(fabricated: tuple[Record, dict[str, State]]) -> None:
     page = table.markdown(*fabricated)
     assert page.splitlines()[2] == (
         "**Smaller than the paper: 100 training images at most instead of all; 64 channels instead "
-        "of 256; 2 epochs instead of 3.** Other than the paper: init length instead of paper. Run "
-        "on: a CPU."
+        "of 256; 2 epochs instead of 3.** Other than the paper: --init length instead of paper. "
+        "Run on: a CPU."
     )
     assert "\n7 of 12 runs are finished. " in page
     assert (
-        "| blocks | digits, rescapsnet | digits, mocapsnet | paper |\n"
+        "| blocks | digits, ResCapsNet | digits, MoCapsNet | paper |\n"
         "| --- | --- | --- | --- |\n"
-        "| 1 | 90.10 (n = 1) | 91.10 ± 1.00 (n = 3) | 97.50 ± 0.25 |\n"
+        "| 1 | 90.10 (n = 1 of 3) | 91.10 ± 1.00 (n = 3) | 97.50 ± 0.25 |\n"
         "| 2 | – (interrupted, not run) | 91.20 ± 1.00 (n = 3) | ≈ 1.00 |\n"
     ) in page
     assert "* digits-rescapsnet-blocks-1-seed-1: failed: no memory\n" in page
@@ -420,9 +421,13 @@ def test_cells_are_drawn_against_blocks_or_below_one_another(
     (axes,) = figure(made, table.cells(made, every)).axes
     assert axes.get_xlabel() == "blocks of two capsule layers"
     handles, labels = axes.get_legend_handles_labels()
-    assert sorted(labels) == ["mocapsnet", "mocapsnet, the paper", "rescapsnet"]
-    ours = handles[labels.index("mocapsnet")].lines[0]
+    assert sorted(labels) == ["MoCapsNet", "MoCapsNet, the paper", "ResCapsNet"]
+    ours = handles[labels.index("MoCapsNet")].lines[0]
     assert list(ours.get_ydata()) == pytest.approx([91.1, 91.2])
+    without = every | {run.name: State("missing") for run in made.runs() if run.keys["blocks"] == 1}
+    (axes,) = figure(made, table.cells(made, without)).axes
+    handles, labels = axes.get_legend_handles_labels()
+    assert math.isnan(handles[labels.index("MoCapsNet")].lines[0].get_ydata()[0])
     found = shipped("table5")
     made = Record(found, {}, {}, runs.select(found, {}))
     every = {run.name: State("missing") for run in made.runs()}

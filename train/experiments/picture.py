@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mocapsnet.train.experiments.record import Record
-from mocapsnet.train.experiments.runs import text
-from mocapsnet.train.experiments.table import Cell, layout
+from mocapsnet.train.experiments.table import Cell, heading, layout
 
 COLOURS = ["tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown"]
 
@@ -34,8 +34,8 @@ def figure(record: Record, found: Sequence[Cell]) -> Figure:
     rows, columns = layout(record, found)
     panels: dict[str, Series] = {}
     for cell in found:
-        label = ", ".join(text(cell.keys[name]) for name in columns if name != "dataset")
-        panel = text(cell.keys["dataset"])
+        label = ", ".join(heading(cell.keys[name]) for name in columns if name != "dataset")
+        panel = heading(cell.keys["dataset"])
         panels.setdefault(panel, {}).setdefault(label or "this library", []).append(cell)
     against_blocks = rows == ["blocks"] and len({cell.keys["blocks"] for cell in found}) > 1
     height = 4.2 if against_blocks else 1.8 + 0.34 * max(map(_height, panels.values()))
@@ -50,7 +50,11 @@ def figure(record: Record, found: Sequence[Cell]) -> Figure:
     for axes in drawn.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     drawn.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(4, 2 * len(panels)),
+        frameon=False,
     )
     done = sum(len(cell.accuracies) for cell in found)
     holes = sum(len(cell.holes) for cell in found)
@@ -68,13 +72,12 @@ def _lines(axes: Axes, series: Series, rows: list[str]) -> None:
     blocks = sorted({cell.keys["blocks"] for cells in series.values() for cell in cells})
     for i, (label, cells) in enumerate(series.items()):
         shift = 0.06 * (i - (len(series) - 1) / 2)
-        ours = [c for c in cells if c.mean is not None]
         theirs = [c for c in cells if c.paper is not None]
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "capsize": 3, "ms": 6}
         axes.errorbar(
-            [c.keys["blocks"] + shift for c in ours],
-            [c.mean or 0.0 for c in ours],
-            [c.deviation or 0.0 for c in ours],
+            [c.keys["blocks"] + shift for c in cells],
+            [math.nan if c.mean is None else c.mean for c in cells],  # a hole breaks the line
+            [c.deviation or 0.0 for c in cells],
             fmt="o-",
             label=label,
             **style,
@@ -132,8 +135,8 @@ def _dots(axes: Axes, series: Series, rows: list[str]) -> None:
 
 def _row(cell: Cell, rows: list[str]) -> str:
     return ", ".join(
-        text(cell.keys[name])
+        heading(cell.keys[name])
         if isinstance(cell.keys[name], str)
-        else f"{name.replace('_', ' ')} {text(cell.keys[name])}"
+        else f"{name.replace('_', ' ')} {heading(cell.keys[name])}"
         for name in rows
     )

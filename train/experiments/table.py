@@ -29,6 +29,28 @@ SIZES = {
 }
 
 
+# How to write what options call in lower case.
+NAMES = {
+    "adam": "Adam",
+    "capsnet": "CapsNet",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "fashion-mnist": "Fashion-MNIST",
+    "mnist": "MNIST",
+    "mocapsnet": "MoCapsNet",
+    "ranger21": "Ranger21",
+    "rba": "RBA",
+    "rescapsnet": "ResCapsNet",
+    "sda": "SDA",
+    "svhn": "SVHN",
+}
+
+
+def heading(value: Any) -> str:
+    """A value as a reader knows it."""
+    return NAMES.get(text(value), text(value))
+
+
 @dataclass(frozen=True)
 class Cell:
     """The runs of the same options but for the seed.
@@ -62,7 +84,8 @@ class Cell:
             kinds = sorted({state.kind for state in self.holes.values()})
             return f"– ({', '.join('not run' if k == 'missing' else k for k in kinds)})"
         spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
-        return f"{self.mean:.2f}{spread} (n = {n})"
+        of = f" of {n + len(self.holes)}" if self.holes else ""
+        return f"{self.mean:.2f}{spread} (n = {n}{of})"
 
     @property
     def published(self) -> str:
@@ -129,14 +152,14 @@ def scale(record: Record) -> str:
             then = "all" if then == "none" else then
             smaller.append(f"{now} {SIZES[name]} instead of {then}")
         else:
-            other.append(f"{flag(name)[2:]} {now} instead of {then}")
+            other.append(f"{flag(name)} {now} instead of {then}")
     for name in ("seed", *(n for n in configuration.grid if n != "seed")):
         wanted = configuration.grid[name]
         have = list(dict.fromkeys(run.keys[name] for run in runs))
         if name == "seed" and len(have) < len(wanted):
             smaller.append(f"{len(have)} seed{'s' * (len(have) > 1)} instead of {len(wanted)}")
         elif name != "seed" and (missing := [v for v in wanted if v not in have]):
-            smaller.append(f"no {name.replace('_', ' ')} {', '.join(map(text, missing))}")
+            smaller.append(f"no {name.replace('_', ' ')} {', '.join(map(heading, missing))}")
         if name != "seed" and (more := [v for v in have if v not in wanted]):
             other.append(f"{name.replace('_', ' ')} {', '.join(map(text, more))} besides")
     other += [f"{name} read from a folder of images" for name in sorted(record.folders)]
@@ -192,7 +215,7 @@ def _table(record: Record, found: Sequence[Cell]) -> str:
     rows, columns = layout(record, found)
 
     def values(cell: Cell, names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(text(cell.keys[name]) for name in names)
+        return tuple(heading(cell.keys[name]) for name in names)
 
     by_place = {(values(cell, rows), values(cell, columns)): cell for cell in found}
     across = list(dict.fromkeys(values(cell, columns) for cell in found))
