@@ -127,6 +127,7 @@ def list_folder(run: Path) -> None:
     meaning = {
         "config.json": "options, versions, command lines",
         "metrics.jsonl": "the numbers of each epoch",
+        "start.json": "capsule lengths and gradients by layer before the first step, first losses",
         "tensorboard": "the same, for TensorBoard",
         "model": "the trained network, for mocapsnet.load and mocapsnet predict",
         "checkpoints": "the state after the last epoch",

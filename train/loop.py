@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from mocapsnet import CapsNet, CapsuleLoss
-from mocapsnet.train import checkpoints, console, memory, model_folder, run_folder
+from mocapsnet.train import checkpoints, console, memory, model_folder, run_folder, start
 from mocapsnet.train.data import ImageSet
 from mocapsnet.train.errors import Diverged, Failed, InputError, Interrupted, what_failed
 from mocapsnet.train.evaluation import Evaluation, evaluate
@@ -125,6 +125,8 @@ def _train(
     trainer = Trainer(
         accelerator, model, criterion, optimizer, train_set, bare_model.preprocessing, options
     )
+    if log is not None and epochs_done == 0:
+        start.write(run, trainer, bare_model)
     tested: Evaluation | None = None
     epoch = epochs_done
     resume = f"mocapsnet train --resume {run}"
@@ -139,6 +141,7 @@ def _train(
                 _check_finite(bare_model, tested, row, checkpoint)
                 if log is not None:
                     log.append(row)
+                    start.note_losses(run, epoch, trainer.steps, len(train_set), batch_size)
                     left = trainer.clock.left(len(train_set) * (epochs - epoch - 1))
                     print(console.summary(row, epochs, left), flush=True)
                     checkpoints.save(state, run, epoch + 1)

@@ -29,7 +29,12 @@ STEPS_PER_CHECK = 20
 
 @dataclass
 class Trainer:
-    """What an epoch works with."""
+    """What an epoch works with.
+
+    Attributes:
+        steps: of the last epoch, for each of its steps the total, margin and reconstruction loss
+            and the correct predictions, summed over its images [steps, 4].
+    """
 
     accelerator: Accelerator
     model: nn.Module
@@ -39,6 +44,7 @@ class Trainer:
     preprocessing: Preprocessing
     options: TrainOptions
     clock: console.Clock = field(default_factory=console.Clock)
+    steps: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
 
     def epoch(self, epoch: int, last_good: str) -> Row:
         """One pass over the training images.
@@ -61,10 +67,10 @@ class Trainer:
                 strict=True,
             )
         )
-        # Per step: total, margin and reconstruction loss and correct predictions, all summed.
         sums = torch.zeros(len(batches), 4, device=device)
         every = 1 if device.type == "cpu" else STEPS_PER_CHECK
         totals = torch.zeros(4, dtype=torch.float64)
+        self.steps = torch.zeros(len(batches), 4, dtype=torch.float64)
         lr, seen = current_lr(self.optimizer), 0
         started = time.perf_counter()
         self.model.train()
@@ -83,6 +89,7 @@ class Trainer:
                     done = accelerator.reduce(sums[seen : step + 1], "sum").cpu().double()
                     self._stop_if_not_finite(done, epoch * len(batches) + seen, epoch, last_good)
                     totals += done.sum(0)
+                    self.steps[seen : step + 1] = done
                     seen = step + 1
                     images = min(seen * batch_size, count)
                     facts = (
@@ -112,7 +119,7 @@ class Trainer:
 
     def _step(self, indices: Tensor, crops: Tensor) -> Tensor:
         """One optimiser step on this process's share of a batch; returns the share's sums [4]."""
-        accelerator, optim = self.accelerator, self.options.optim
+        accelerator = self.accelerator
         processes, micro_batches = (
             accelerator.num_processes,
             accelerator.gradient_accumulation_steps,
@@ -132,21 +139,28 @@ class Trainer:
             if not len(share):
                 share, crop = indices[:1], crops[:1]
             with accelerator.accumulate(self.model):
-                images, pixels, labels = data.training_batch(
-                    self.train_set, share, crop, self.options.data.pad, self.preprocessing
-                )
-                out = self.model(images, labels if optim.decoder_mask == "label" else None)
-                target = pixels if optim.reconstruction_target == "pixels" else images
-                loss = self.criterion(out, target, labels)
+                total, parts = self.losses(self.model, share, crop)
                 # Accelerate divides by the number of micro-batches, and data parallelism averages
                 # over the processes; the gradient wanted is that of the sum.
-                accelerator.backward(loss.total * (weight * processes * micro_batches))
+                accelerator.backward(total * (weight * processes * micro_batches))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            correct = (out.lengths.argmax(1) == labels).sum()
-            parts = [loss.total, loss.margin, loss.reconstruction, correct]
-            sums += weight * torch.stack([part.detach().float() for part in parts])
+            sums += weight * parts
         return sums
+
+    def losses(self, model: nn.Module, indices: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of these images, cropped there, and without gradients: total, margin and
+        reconstruction loss and correct predictions, all summed over the images [4]."""
+        optim = self.options.optim
+        images, pixels, labels = data.training_batch(
+            self.train_set, indices, crops, self.options.data.pad, self.preprocessing
+        )
+        out = model(images, labels if optim.decoder_mask == "label" else None)
+        target = pixels if optim.reconstruction_target == "pixels" else images
+        loss = self.criterion(out, target, labels)
+        correct = (out.lengths.argmax(1) == labels).sum()
+        parts = [loss.total, loss.margin, loss.reconstruction, correct]
+        return loss.total, torch.stack([part.detach().float() for part in parts])
 
     def _stop_if_not_finite(self, sums: Tensor, first: int, epoch: int, last_good: str) -> None:
         bad = (~sums.isfinite().all(1)).nonzero().flatten()

@@ -52,3 +52,9 @@ def train(command: Callable[..., tuple[int, str, str]]) -> Callable[..., Path]:
         return Path(out)
 
     return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without their pictures, which take most of a tiny run's time."""
+    monkeypatch.setattr("mocapsnet.train.loop.write_pictures", lambda *_: [])

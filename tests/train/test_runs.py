@@ -48,6 +48,7 @@ def test_two_epochs_on_digits_from_the_command_line() -> None:
     assert written == {
         "config.json",
         "metrics.jsonl",
+        "start.json",
         "tensorboard",
         "checkpoints",
         "model",
