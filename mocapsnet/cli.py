@@ -160,11 +160,13 @@ def parse(arguments: list[str]) -> Command:
 
     saved = read_config(Path(command.resume))
     # A flag that is on by default could not be given again.
+    bundles = saved.bundles
     saved = dataclasses.replace(
-        saved, out=None, data=dataclasses.replace(saved.data, download=False)
+        saved, out=None, data=dataclasses.replace(saved.data, download=False), bundles=False
     )
     command, _ = _cli(arguments, saved)
     assert isinstance(command, TrainOptions)
+    command = dataclasses.replace(command, bundles=bundles or command.bundles)
     check_continuation(saved, command)
     return resolve(command)
 

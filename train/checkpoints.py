@@ -58,7 +58,7 @@ def latest(run: Path) -> tuple[Path, int] | None:
     Returns: None for a run that was stopped before its first checkpoint.
     Raises: InputError if there is none, but was.
     """
-    found = _whole(run)
+    found = whole(run)
     if found:
         last = max(found, key=found.__getitem__)
         return last, found[last]
@@ -67,7 +67,7 @@ def latest(run: Path) -> tuple[Path, int] | None:
     return None
 
 
-def _whole(run: Path) -> dict[Path, int]:
+def whole(run: Path) -> dict[Path, int]:
     """The whole checkpoints of a run with their epochs; whatever else lies there is not ours."""
     named = [
         (path, re.fullmatch(r"epoch-(\d{4,9})", path.name))
@@ -103,7 +103,7 @@ def save(state: State, run: Path, epochs_done: int) -> None:
         write_whole(partial / WEIGHTS, to_bytes(_plain(state.model.state_dict())))
         write_whole(partial / OPTIMIZER, to_bytes(_plain(tensors)))
         write_whole(partial / STATE, json.dumps(rest, indent=2) + "\n")
-        before = _whole(run)
+        before = whole(run)
         partial.replace(final)
         sync_folder(final.parent)
     except BaseException:

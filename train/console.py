@@ -129,6 +129,7 @@ def list_folder(run: Path) -> None:
         "metrics.jsonl": "the numbers of each epoch",
         "start.json": "capsule lengths and gradients by layer before the first step, first losses",
         "tensorboard": "the same, for TensorBoard",
+        "bundles.jsonl": "conflicting bundles of each epoch, see visualize --bundles",
         "model": "the trained network, for mocapsnet.load and mocapsnet predict",
         "checkpoints": "the state after the last epoch",
         "learning_curves.png": "loss and accuracy over the epochs",

@@ -13,7 +13,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from mocapsnet import CapsNet, CapsuleLoss
-from mocapsnet.train import checkpoints, console, memory, model_folder, run_folder, start
+from mocapsnet.train import (
+    bundles,
+    checkpoints,
+    console,
+    memory,
+    model_folder,
+    run_folder,
+    start,
+)
 from mocapsnet.train.data import ImageSet
 from mocapsnet.train.errors import Diverged, Failed, InputError, Interrupted, what_failed
 from mocapsnet.train.evaluation import Evaluation, evaluate
@@ -115,6 +123,8 @@ def _train(
     if accelerator.is_main_process:
         run_folder.write_config(run, options, train_set)
         if found is None:  # also a run that is stopped in its first epoch can be resumed
+            if options.bundles:
+                bundles.record(run, bare_model, train_set, options.optim, 0)
             checkpoints.save(state, run, 0)
         log = MetricsLog(run, epochs_done)
         console.describe(
@@ -144,6 +154,8 @@ def _train(
                     start.note_losses(run, epoch, trainer.steps, len(train_set), batch_size)
                     left = trainer.clock.left(len(train_set) * (epochs - epoch - 1))
                     print(console.summary(row, epochs, left), flush=True)
+                    if options.bundles:
+                        bundles.record(run, bare_model, train_set, options.optim, epoch + 1)
                     checkpoints.save(state, run, epoch + 1)
                     model_folder.write(run, bare_model, options, tested.accuracy, epoch + 1)
                 checkpoint = checkpoints.folder(run, epoch + 1)

@@ -36,6 +36,7 @@ RESUMABLE = {
     "optim.gradient_accumulation",
     "machine.device",
     "resume",
+    "bundles",
 }
 
 # Mean and deviation of pixels by which the published code normalises; 0.5 and 0.5 for others.
@@ -212,9 +213,10 @@ def from_json(saved: Any, complete: bool = True) -> TrainOptions:
     out = of_kind("out", saved.get("out"), str | None)
     recipe = of_kind("recipe", saved.get("recipe"), RecipeName | None)
     for name in saved:
-        if name not in {*groups, "recipe", "out", "resume"}:
+        if name not in {*groups, "recipe", "out", "resume", "bundles"}:
             raise InputError(f"unknown options {name}")
-    return resolve(TrainOptions(**groups, recipe=recipe, out=out))
+    bundles = _value("bundles", saved.get("bundles", False), bool)
+    return resolve(TrainOptions(**groups, recipe=recipe, out=out, bundles=bundles))
 
 
 @functools.cache

@@ -210,8 +210,11 @@ class TrainOptions:
     out: str | None = None
     """Run folder, new or empty (None: runs/DATASET-MODEL-TIME)."""
     resume: str | None = None
-    """Run folder to continue. Its options are kept; --epochs, --data-dir, --download, --device and
-    --gradient-accumulation may be given anew."""
+    """Run folder to continue. Its options are kept; --epochs, --data-dir, --download, --device,
+    --gradient-accumulation and --bundles may be given anew."""
+    bundles: bool = False
+    """Measure before training and after every epoch which layers no longer tell training images of
+    different classes apart (conflicting bundles); `mocapsnet visualize RUN --bundles` draws it."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,9 @@ class VisualizeOptions(RunOptions):
 
     image: str = "0"
     """Whose couplings are drawn: a test image's number, counted from 0, or an image file."""
+    bundles: bool = False
+    """Also draw which layers no longer tell training images of different classes apart
+    (conflicting bundles); over all epochs, if the run was trained with --bundles."""
 
 
 @dataclass(frozen=True)

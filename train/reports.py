@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mocapsnet import CapsuleLoss
-from mocapsnet.train import checkpoints
+from mocapsnet.train import bundles, checkpoints
 from mocapsnet.train.data import ImageSet
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.evaluation import Evaluation, Judged, evaluate
@@ -41,7 +41,7 @@ def report(command: RunOptions) -> Evaluation:
     )
     accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
     make_repeatable(options.optim.seed)
-    _, test_set = load_data(source, accelerator, options.optim.seed)
+    train_set, test_set = load_data(source, accelerator, options.optim.seed)
     check_images(run, test_set)
     if isinstance(command, VisualizeOptions):  # before anything takes long
         from mocapsnet.train.pictures import inside
@@ -91,6 +91,10 @@ def report(command: RunOptions) -> Evaluation:
                 print(path)
             for line in inside.write(run, model, test_set, options, chosen):
                 print(line, flush=True)
+            if command.bundles:
+                measured = bundles.history(run, model, train_set, options.optim, epochs_done)
+                for line in inside.write_bundles(run, measured):
+                    print(line)
     accelerator.end_training()
     return tested
 

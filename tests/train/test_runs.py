@@ -37,7 +37,7 @@ PICTURES = [
     "confusion_matrix.png",
     "worst_images.png",
 ]
-INSIDE = ["dimensions.png", "places.png", "couplings.png", "layers.png"]
+INSIDE = ["dimensions.png", "places.png", "couplings.png", "layers.png", "bundles.png"]
 
 
 def test_two_epochs_on_digits_from_the_command_line() -> None:
@@ -221,8 +221,10 @@ def test_visualize_draws_the_pictures_again_and_more(train: Train, command: Comm
     drawn = {name: (run / name).read_bytes() for name in PICTURES}
     for name in PICTURES:
         (run / name).unlink()
-    code, said, errors = command("visualize", "run", "--device", "cpu", "--image", "47")
+    options = ["--device", "cpu", "--image", "47", "--bundles"]
+    code, said, errors = command("visualize", "run", *options)
     assert code == 0, errors
+    assert "bundles.png shows epoch 1 alone" in said
     assert {name: (run / name).read_bytes() for name in PICTURES} == drawn
     for name in INSIDE:
         assert f"run/{name}\n" in said and (run / name).read_bytes().startswith(b"\x89PNG")

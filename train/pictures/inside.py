@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mocapsnet import CapsNet, ConvMoCapsNet, images
+from mocapsnet.train.bundles import Bundles
 from mocapsnet.train.data import ImageSet, to_pixels
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import TrainOptions
-from mocapsnet.train.pictures import dimensions, layers, routes
+from mocapsnet.train.pictures import bundles, dimensions, layers, routes
 from mocapsnet.train.pictures.sheet import save
 
 
@@ -66,3 +67,13 @@ def write(
     yield str(save(routes.tables_figure(network, seen), run / "couplings.png"))
     measured = layers.measure(network, test_set)
     yield str(save(layers.figure(network, measured), run / "layers.png"))
+
+
+def write_bundles(run: Path, measured: list[Bundles]) -> Iterator[str]:
+    """The picture of conflicting bundles; and, of a run that did not record them, why so little."""
+    yield str(save(bundles.figure(measured), run / "bundles.png"))
+    if len(measured) == 1:
+        yield (
+            f"bundles.png shows epoch {measured[0].epoch} alone, as a run keeps its last "
+            "checkpoint: `mocapsnet train --bundles` measures every epoch"
+        )

@@ -93,8 +93,8 @@ def figure(network: CapsNet, measured: Layers) -> Figure:
     above, below = picture.subplots(2, 1, sharex=True)
     _lengths(above, measured, residual=not isinstance(network.stack, nn.Sequential))
     _entropies(below, measured)
-    # The words on lines of their own, as the layers may stand close.
-    names = {0: "primary", 1: "\nfirst", hidden + 2: "\nclasses"}
+    lower = "\n" if hidden > 14 else ""  # many layers stand close, and the words are long
+    names = {0: "primary", 1: f"{lower}first", hidden + 2: f"{lower}classes"}
     names |= {2 + n: str(n + 1) for n in some(hidden, 14)}
     for axes in (above, below):
         axes.set_xticks([*names], [*names.values()], size=SMALL)

@@ -29,8 +29,9 @@ CELL = 96
 
 
 EQUAL_FIRST = (
-    "Red: it gets more of the vote than an equal share, blue: less. Routing begins with equal "
-    "shares (white); every iteration moves them to where the votes agree."
+    "Red: it gets more of the vote than an equal share, blue: less.",
+    "Routing begins with equal shares (white); every iteration moves them to where the votes "
+    "agree.",
 )
 
 
@@ -105,7 +106,7 @@ def tables_figure(network: CapsNet, seen: Route) -> Figure:
         *_hidden_words(hidden),
         f"Bottom: rows are the last {inputs} hidden capsules, columns the {outputs} classes; "
         "framed: the one that the network sees.",
-        EQUAL_FIRST,
+        *EQUAL_FIRST,
     )
     return picture
 
@@ -150,7 +151,7 @@ def places_figure(network: CapsNet, seen: Route) -> Figure:
         picture,
         "Which place of the image votes for which capsule of the first layer",
         f"Each map lies over the image and belongs to one of the layer's {J} capsules.",
-        EQUAL_FIRST,
+        *EQUAL_FIRST,
     )
     return picture
 
