@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import CapsuleLayer
+from .layers import CapsuleLayer, RoutingLayer
 
 
 class LayerRecord(NamedTuple):
@@ -19,25 +19,25 @@ class LayerRecord(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer: what it was given, u [B, N, K], and what it made, v [B, J, D]."""
+    """One call of a layer: what it was given, u [B, ..., N, K], and made, v [B, ..., J, D]."""
 
-    layer: CapsuleLayer
+    layer: RoutingLayer
     u: Tensor
     v: Tensor
 
 
 @torch.no_grad()
 def layer_calls(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, LayerCall]:
-    """As `inspect_layers`, without the couplings and the memory that their votes take."""
+    """As `inspect_layers`, convolutional layers too, without couplings and their votes' memory."""
     calls: dict[str, LayerCall] = {}
 
-    def note(name: str, layer: CapsuleLayer) -> Any:
+    def note(name: str, layer: RoutingLayer) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             calls[name] = LayerCall(layer, inputs[0].detach().clone(), output.detach().clone())
 
         return layer.register_forward_hook(hook)
 
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, CapsuleLayer)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, RoutingLayer)}
     handles = [note(name, layer) for name, layer in layers.items()]
     try:
         model(*args, **kwargs)
@@ -57,4 +57,8 @@ def inspect_layers(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Lay
         of a layer that is called more than once, its last call.
     """
     calls = layer_calls(model, *args, **kwargs)
-    return {name: LayerRecord(u, v, layer.couplings(u)) for name, (layer, u, v) in calls.items()}
+    return {
+        name: LayerRecord(u, v, layer.couplings(u))
+        for name, (layer, u, v) in calls.items()
+        if isinstance(layer, CapsuleLayer)
+    }

@@ -27,6 +27,7 @@ steps otherwise than gradient descent; the definition is kept, so that numbers c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -51,8 +52,8 @@ BATCH = 128
 
 
 class Bundles(NamedTuple):
-    """After so many epochs, of the primary capsules, the first layer's and every hidden layer's:
-    how many bundles, and their weighted entropy in nats."""
+    """After so many epochs, of what enters every layer of capsules, the primary capsules first:
+    how many bundles, and their weighted entropy in nats. `labels` is the entropy of all labels."""
 
     epoch: int
     images: int
@@ -61,15 +62,21 @@ class Bundles(NamedTuple):
     entropy: list[float]
 
 
-def same(a: Tensor, weight: float, step: float) -> Tensor:
-    """The number of its bundle for each of the outputs a [B, ...]: [B].
+def same(a: Tensor, weight: float, step: float) -> list[bytes]:
+    """For each of the outputs a [B, ...] what is the same for all of its bundle, and no other's.
 
     Args:
         weight: the largest absolute weight of the layer that reads a.
         step: learning rate over the size of a batch.
     """
-    moved = weight - step * a.float().flatten(1)
-    return torch.unique(moved, dim=0, return_inverse=True)[1]
+    moved = (weight - step * a.float().flatten(1) + 0.0).cpu()  # adding 0 makes -0 to 0
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in moved.numpy()]
+
+
+def numbered(outputs: list[bytes]) -> Tensor:
+    """The number of the bundle [B], counted from 0, of what `same` found."""
+    numbers: dict[bytes, int] = {}
+    return torch.tensor([numbers.setdefault(output, len(numbers)) for output in outputs])
 
 
 def weighted_entropy(bundle: Tensor, labels: Tensor) -> float:
@@ -87,18 +94,15 @@ def measure(network: CapsNet, train_set: ImageSet, optim: OptimOptions, epoch: i
     shown = train_set.first(IMAGES)
     was_training = network.training
     network.eval()
-    outputs: list[list[Tensor]] = []  # [batches][layers]
-    weights: list[float] = []
+    step = optim.lr / optim.batch_size
+    seen: dict[str, list[bytes]] = {}  # what enters a layer, of every image
     for pixels in shown.images.split(BATCH):
-        calls = layer_calls(network, network.preprocessing(to_pixels(pixels))).values()
-        outputs.append([call.u for call in calls])
-        weights = weights or [float(call.layer.weight.abs().max()) for call in calls]
+        calls = layer_calls(network, network.preprocessing(to_pixels(pixels)))
+        for name, (layer, u, _) in calls.items():
+            seen.setdefault(name, []).extend(same(u, float(layer.weight.abs().max()), step))
     network.train(was_training)
     labels = shown.labels.cpu()
-    found = [
-        same(torch.cat(parts), weight, optim.lr / optim.batch_size).cpu()
-        for parts, weight in zip(zip(*outputs, strict=True), weights, strict=True)
-    ]
+    found = [numbered(outputs) for outputs in seen.values()]
     return Bundles(
         epoch,
         len(shown),

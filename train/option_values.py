@@ -215,7 +215,7 @@ def from_json(saved: Any, complete: bool = True) -> TrainOptions:
     for name in saved:
         if name not in {*groups, "recipe", "out", "resume", "bundles"}:
             raise InputError(f"unknown options {name}")
-    bundles = _value("bundles", saved.get("bundles", False), bool)
+    bundles = of_kind("bundles", saved.get("bundles", False), bool)
     return resolve(TrainOptions(**groups, recipe=recipe, out=out, bundles=bundles))
 
 

@@ -89,11 +89,12 @@ def report(command: RunOptions) -> Evaluation:
             rows = [row for row in rows if row["epoch"] <= epochs_done]
             for path in write_pictures(run, rows, model, test_set, tested):
                 print(path)
-            for line in inside.write(run, model, test_set, options, chosen):
+            assert tested.judged is not None
+            for line in inside.write(run, model, test_set, options, chosen, tested.judged):
                 print(line, flush=True)
             if command.bundles:
                 measured = bundles.history(run, model, train_set, options.optim, epochs_done)
-                for line in inside.write_bundles(run, measured):
+                for line in inside.write_bundles(run, model, measured):
                     print(line)
     accelerator.end_training()
     return tested

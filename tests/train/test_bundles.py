@@ -12,8 +12,8 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from mocapsnet import CapsNet
-from mocapsnet.train import bundles, run_folder
+from mocapsnet import CapsNet, ConvMoCapsNet
+from mocapsnet.train import bundles, loop, run_folder
 from mocapsnet.train.bundles import Bundles
 from mocapsnet.train.data import ImageSet
 from mocapsnet.train.options import OptimOptions
@@ -26,15 +26,24 @@ Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
 
 
+OPTIM = OptimOptions(lr=0.001, batch_size=32)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those at the end of a training take longer than it."""
+    monkeypatch.setattr(loop, "write_pictures", lambda *_: [])
+
+
 def test_outputs_are_the_same_if_no_weight_could_tell() -> None:
     # Float32 numbers are 2^-24 apart below 1, so outputs 2^-24 / step = 0.0019 apart.
     step = 0.001 / 32
     apart = 2**-24 / step
     a = torch.tensor([[1.0, 2.0], [1.0 + apart, 2.0], [1.0, 2.0], [1.0, 2.0 + apart / 100]])
-    assert bundles.same(a, 1.0, step).tolist() == [1, 0, 1, 1]
+    assert bundles.numbered(bundles.same(a, 1.0, step)).tolist() == [0, 1, 0, 0]
     torch.manual_seed(0)
     u = torch.randn(40, 1, 2) * 0.003
-    bundle = bundles.same(u, 0.7, step)
+    bundle = bundles.numbered(bundles.same(u, 0.7, step))
     for i in range(40):
         for j in range(40):
             equal = torch.equal(0.7 - step * u[i], 0.7 - step * u[j])
@@ -105,12 +114,23 @@ def test_checkpoints_that_were_not_recorded_are_measured(
     assert loaded == ["epoch-0001"], "not measured again"
 
 
+def test_layers_of_windows_are_measured_too() -> None:
+    model = ConvMoCapsNet(
+        (1, 16, 16), 3, stem=(8,), stem_blocks=1, capsules=2, capsule_dim=4, stage_strides=(1, 2)
+    )
+    images = torch.randint(0, 256, (6, 1, 16, 16), dtype=torch.uint8)
+    found = bundles.measure(model, ImageSet(images, torch.arange(6) % 3), OPTIM, 0)
+    assert picture.names(model, len(found.bundles)) == ["primary", "1", "2", "3", "4", "5"]
+    assert found.bundles[0] == 6
+
+
 def test_picture_of_forty_layers_over_thirty_epochs(tmp_path: Path) -> None:
+    model = CapsNet((1, 8, 8), 3, blocks=1, capsules=2, channels=8, kernel_size=3, decoder=(4,))
     rows = [
         Bundles(n, 1024, 2.3, [1024] * 2 + [1] * 40, [0.0] * 2 + [2.3 - n / 20] * 40)
         for n in range(31)
     ]
-    figure = picture.figure(rows)
+    figure = picture.figure(model, rows)
     FigureCanvasAgg(figure).draw()
     axes = figure.axes[0]
     across, down = axes.get_xticklabels(), axes.get_yticklabels()
@@ -121,7 +141,7 @@ def test_picture_of_forty_layers_over_thirty_epochs(tmp_path: Path) -> None:
     boxes = [label.get_window_extent() for label in down]
     assert all(a.y0 > b.y1 - 1 for a, b in pairwise(boxes)), "layers overlap"
     assert "no longer tell images of different classes apart" in figure.texts[0].get_text()
-    (path,) = inside.write_bundles(tmp_path, rows)
+    (path,) = inside.write_bundles(tmp_path, model, rows)
     assert Path(path).read_bytes().startswith(b"\x89PNG")
     calm = [row._replace(entropy=[0.0] * 42) for row in rows]
-    assert "No layer confuses any two classes" in picture.figure(calm).texts[-1].get_text()
+    assert "No layer confuses any two classes" in picture.figure(model, calm).texts[-1].get_text()

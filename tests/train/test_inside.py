@@ -15,11 +15,11 @@ from torch import nn
 
 from mocapsnet import CapsNet, MoCapsNet, ResCapsNet, inspect_layers
 from mocapsnet.train.data import ImageSet, to_pixels
+from mocapsnet.train.evaluation import Judged
 from mocapsnet.train.options import OptimOptions, TrainOptions
 from mocapsnet.train.pictures import couplings, dimensions, inside, layers, routes
 
 TINY = dict(capsules=4, capsule_dim=4, class_dim=3, channels=8, kernel_size=3, decoder=(8,))
-PAGES = ["dimensions.png", "places.png", "couplings.png", "layers.png"]
 
 
 def network(kind: type[CapsNet] = MoCapsNet, classes: int = 3, **options: object) -> CapsNet:
@@ -56,13 +56,17 @@ def test_the_image_asked_for_is_a_test_image_or_a_file(tmp_path: Path) -> None:
         assert truth is None and torch.equal(pixels, to_pixels(test_set.images[n : n + 1])[0])
 
 
-def test_a_decoder_that_was_not_trained_draws_nothing(tmp_path: Path) -> None:
+def test_what_cannot_be_drawn_is_left_out_with_a_reason(tmp_path: Path) -> None:
     model, test_set = network(), images()
     options = TrainOptions(optim=OptimOptions(reconstruction_weight=0))
     chosen = inside.chosen_image("0", test_set)
-    first, *_ = inside.write(tmp_path, model, test_set, options, chosen)
-    assert first.startswith("no dimensions.png: with --reconstruction-weight 0")
-    assert {path.name for path in tmp_path.iterdir()} == {*PAGES} - {"dimensions.png"}
+    lengths = torch.ones(12)
+    right = Judged(test_set.labels, test_set.labels, lengths, lengths, lengths)
+    lines = inside.write(tmp_path, model, test_set, options, chosen, right)
+    assert next(lines) == "no mistakes.png: all 12 test images are taken for what they are"
+    assert next(lines).startswith("no dimensions.png: with --reconstruction-weight 0")
+    assert {Path(line).name for line in lines} == {"places.png", "couplings.png", "layers.png"}
+    assert len([*tmp_path.iterdir()]) == 3
 
 
 def test_a_sweep_moves_one_dimension_of_one_class() -> None:

@@ -37,7 +37,14 @@ PICTURES = [
     "confusion_matrix.png",
     "worst_images.png",
 ]
-INSIDE = ["dimensions.png", "places.png", "couplings.png", "layers.png", "bundles.png"]
+INSIDE = [
+    "mistakes.png",
+    "dimensions.png",
+    "places.png",
+    "couplings.png",
+    "layers.png",
+    "bundles.png",
+]
 
 
 def test_two_epochs_on_digits_from_the_command_line() -> None:

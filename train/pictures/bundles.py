@@ -8,23 +8,25 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mocapsnet import CapsNet, ConvMoCapsNet
 from mocapsnet.train.bundles import Bundles
 from mocapsnet.train.pictures.sheet import SMALL, TEXT, heading, some
 
 TITLE = "Which layers no longer tell images of different classes apart"
 
 
-def figure(measured: list[Bundles]) -> Figure:
+def figure(network: CapsNet, measured: list[Bundles]) -> Figure:
     """A map, layers by epochs; of a single epoch a line."""
+    layers = names(network, len(measured[-1].entropy))
     last = measured[-1]
     picture = Figure(
         figsize=(11, max(4.6, min(0.17 * len(last.entropy) + 2.6, 11))), layout="constrained"
     )
     axes = picture.subplots()
     if len(measured) == 1:
-        _line(axes, last)
+        _line(axes, last, layers)
     else:
-        _map(picture, axes, measured)
+        _map(picture, axes, measured, layers)
     top = max(max(row.entropy) for row in measured)
     heading(
         picture,
@@ -38,12 +40,13 @@ def figure(measured: list[Bundles]) -> Figure:
     return picture
 
 
-def names(layers: int) -> list[str]:
-    """What the layers are called, from the image on."""
-    return ["primary", "first", *(str(n + 1) for n in range(layers - 2))]
+def names(network: CapsNet, count: int) -> list[str]:
+    """What the layers are called, from the image on, as in the picture of lengths."""
+    before = ["primary"] if isinstance(network, ConvMoCapsNet) else ["primary", "first"]
+    return [*before, *(str(n + 1) for n in range(count - len(before)))]
 
 
-def _map(picture: Figure, axes: Axes, measured: list[Bundles]) -> None:
+def _map(picture: Figure, axes: Axes, measured: list[Bundles], layers: list[str]) -> None:
     values = np.array([row.entropy for row in measured]).T  # [layers, epochs]
     limit = measured[-1].labels or 1.0
     image = axes.imshow(
@@ -53,7 +56,7 @@ def _map(picture: Figure, axes: Axes, measured: list[Bundles]) -> None:
     axes.set_xticks(epochs, [str(measured[n].epoch or "before") for n in epochs], size=SMALL)
     axes.set_xlabel("epoch", size=TEXT)
     rows = [0, 1, *(2 + n for n in some(len(values) - 2, 20))]
-    axes.set_yticks(rows, [names(len(values))[n] for n in rows], size=SMALL)
+    axes.set_yticks(rows, [layers[n] for n in rows], size=SMALL)
     axes.set_ylabel("layer of capsules; numbers: hidden layers", size=TEXT)
     bar = picture.colorbar(image, ax=axes, label="bundle entropy in nats")
     bar.set_ticks([0, limit / 2, limit])
@@ -65,14 +68,14 @@ def _map(picture: Figure, axes: Axes, measured: list[Bundles]) -> None:
             axes.text(n, layer, text, ha="center", va="center", size=SMALL, color=colour)
 
 
-def _line(axes: Axes, row: Bundles) -> None:
-    layers = len(row.entropy)
-    axes.plot(range(layers), row.entropy, marker="o", ms=4, color="tab:blue")
+def _line(axes: Axes, row: Bundles, layers: list[str]) -> None:
+    count = len(row.entropy)
+    axes.plot(range(count), row.entropy, marker="o", ms=4, color="tab:blue")
     axes.axhline(row.labels, color="gray", ls="--", lw=1)
     axes.text(0, row.labels, " no two images are told apart", va="bottom", size=SMALL, color="gray")
     axes.set_ylim(-0.03 * row.labels, 1.12 * max(row.labels, math.ulp(1)))
-    shown = [0, 1, *(2 + n for n in some(layers - 2, 14))]
-    axes.set_xticks(shown, [names(layers)[n] for n in shown], size=SMALL)
+    shown = [0, 1, *(2 + n for n in some(count - 2, 14))]
+    axes.set_xticks(shown, [layers[n] for n in shown], size=SMALL)
     axes.set_xlabel("layer of capsules; numbers: hidden layers", size=TEXT)
     axes.set_ylabel(f"bundle entropy in nats, after epoch {row.epoch}", size=TEXT)
     axes.grid(alpha=0.3)

@@ -12,9 +12,14 @@ from mocapsnet import CapsNet, ConvMoCapsNet, images
 from mocapsnet.train.bundles import Bundles
 from mocapsnet.train.data import ImageSet, to_pixels
 from mocapsnet.train.errors import InputError
+from mocapsnet.train.evaluation import Judged
 from mocapsnet.train.options import TrainOptions
 from mocapsnet.train.pictures import bundles, dimensions, layers, routes
+from mocapsnet.train.pictures.mistakes import mistakes_figure, most_confident
 from mocapsnet.train.pictures.sheet import save
+
+MISTAKES = 25
+"""Mistakes that are drawn, at most."""
 
 
 def chosen_image(image: str, test_set: ImageSet) -> tuple[Tensor, int | None]:
@@ -43,13 +48,16 @@ def write(
     test_set: ImageSet,
     options: TrainOptions,
     chosen: tuple[Tensor, int | None],
+    judged: Judged,
 ) -> Iterator[str]:
     """Write the pictures into the run; yields the path of each, or why one is left out.
 
     Args:
         chosen: the image whose couplings are drawn, see `chosen_image`.
+        judged: what the network makes of all test images, see `evaluate`.
     """
     network.eval()
+    yield _mistakes(run, network, test_set, judged)
     if network.decoder is None:
         yield "no dimensions.png: the network has no decoder to draw what they do"
     elif options.optim.reconstruction_weight == 0:
@@ -69,9 +77,26 @@ def write(
     yield str(save(layers.figure(network, measured), run / "layers.png"))
 
 
-def write_bundles(run: Path, measured: list[Bundles]) -> Iterator[str]:
+def _mistakes(run: Path, network: CapsNet, test_set: ImageSet, judged: Judged) -> str:
+    shown = most_confident(judged, MISTAKES)
+    if not shown:
+        return f"no mistakes.png: all {len(test_set):,} test images are taken for what they are"
+    wrong = int((judged.guesses != judged.labels).sum())
+    title = f"Of {wrong:,} mistakes on {len(test_set):,} test images, the {len(shown)} surest"
+    if network.decoder is None:
+        title += "\n(in brackets the lengths of the capsules)"
+    else:
+        title += (
+            ",\neach beside what the network draws of the class that it takes it for "
+            "(in brackets the lengths of the capsules)"
+        )
+    figure = mistakes_figure(network, test_set, judged, shown, title)
+    return str(save(figure, run / "mistakes.png"))
+
+
+def write_bundles(run: Path, network: CapsNet, measured: list[Bundles]) -> Iterator[str]:
     """The picture of conflicting bundles; and, of a run that did not record them, why so little."""
-    yield str(save(bundles.figure(measured), run / "bundles.png"))
+    yield str(save(bundles.figure(network, measured), run / "bundles.png"))
     if len(measured) == 1:
         yield (
             f"bundles.png shows epoch {measured[0].epoch} alone, as a run keeps its last "
