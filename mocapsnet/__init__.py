@@ -1,5 +1,6 @@
 """Momentum capsule networks with fused routing."""
 
+from .cnn import CNN, CNNLoss
 from .conv_layers import ConvCapsuleLayer
 from .conv_model import ConvMoCapsNet, ConvMoCapsNetConfig
 from .inspection import LayerRecord, inspect_layers
@@ -23,6 +24,8 @@ from .reversible import MomentumStack, ResidualStack
 __version__ = "0.1.0"
 
 __all__ = [
+    "CNN",
+    "CNNLoss",
     "CapsNet",
     "CapsNetConfig",
     "CapsNetOutput",

@@ -123,6 +123,20 @@ class CapsNetConfig:
     def primary_capsules(self) -> int:
         return self.channels // self.capsule_dim * math.prod(self.feature_size)
 
+    @property
+    def parameters(self) -> int:
+        """Numbers of a capsule network's parameters together, without building it."""
+        c, K, N = self, self.capsule_dim, self.capsules
+        colours, area = c.image_shape[0], c.kernel_size**2
+        convolutions = c.channels * ((colours + c.channels) * area + 2)
+        first = c.primary_capsules * K * N * K
+        blocks = 2 * c.blocks * (N * K) ** 2
+        last = N * K * c.classes * c.class_dim
+        biases = (2 * c.blocks + 1) * N * K + c.classes * c.class_dim
+        widths = [c.classes * c.class_dim, *c.decoder, math.prod(c.image_shape)]
+        decoder = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+        return convolutions + first + blocks + last + decoder + (c.bias is not None) * biases
+
 
 class CapsNetOutput(NamedTuple):
     """lengths [B, classes]; capsules [B, classes, class_dim]; reconstruction [B, C, H, W].
@@ -205,6 +219,8 @@ class CapsNet(Pretrained):
     """
 
     Config: ClassVar[Any] = CapsNetConfig
+    has_capsules: ClassVar[bool] = True
+    class_loss: ClassVar[str] = "margin loss"
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int, **options: Any):
         super().__init__()
@@ -268,7 +284,8 @@ class CapsNet(Pretrained):
         """The hidden capsule layers behind the first, with these options of `CapsuleLayer`."""
         return nn.Sequential(*capsule_layers(nothing_adds_up, layers, capsules, dim, **layer))
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
+    def features(self, images: Tensor) -> Tensor:
+        """What the convolutions make of images, in their dtype."""
         if images.shape[1:] != self.config.image_shape:
             raise ValueError(
                 f"images must be [B, {', '.join(map(str, self.config.image_shape))}]; "
@@ -277,7 +294,10 @@ class CapsNet(Pretrained):
         weight = next(self.convolutions.parameters(), images)
         if images.is_floating_point():
             images = images.to(weight.dtype)
-        features = self.convolutions(images)
+        return self.convolutions(images)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
+        features = self.features(images)
         with full_precision(images):
             dtype = torch.promote_types(features.dtype, self.last.weight.dtype)
             features = features.to(torch.promote_types(dtype, torch.float32))
@@ -330,9 +350,10 @@ MODELS = {"capsnet": CapsNet, "rescapsnet": ResCapsNet, "mocapsnet": MoCapsNet}
 
 def networks() -> dict[str, type[CapsNet]]:
     """All networks by their names."""
+    from .cnn import CNN
     from .conv_model import ConvMoCapsNet
 
-    return MODELS | {"conv-mocapsnet": ConvMoCapsNet}
+    return MODELS | {"conv-mocapsnet": ConvMoCapsNet, "cnn": CNN}
 
 
 def build_model(name: str, config: CapsNetConfig | ConvMoCapsNetConfig) -> CapsNet:

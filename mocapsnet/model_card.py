@@ -44,16 +44,17 @@ class ModelCard:
         c = model.config
         name = type(model).__name__
         C, H, W = c.image_shape
+        kind = "capsule network" if model.has_capsules else "convolutional network"
         parameters = sum(p.numel() for p in model.parameters())
         title = f"{name} on {self.dataset}" if self.dataset else name
         lines = [
             "---",
-            *_yaml(self._metadata(title)),
+            *_yaml(self._metadata(title, kind)),
             "---",
             "",
             f"# {title}",
             "",
-            f"A capsule network of the Python package mocapsnet for images of {C} x {H} x {W}.",
+            f"A {kind} of the Python package mocapsnet for images of {C} x {H} x {W}.",
             "",
         ]
         facts = {
@@ -61,8 +62,8 @@ class ModelCard:
             "test accuracy": None if self.accuracy is None else f"{self.accuracy:.2%}",
             "epochs": self.epochs,
             "parameters": f"{parameters:,}",
-            "blocks of two capsule layers": c.blocks,
-            "routing": f"{c.method}, {c.iterations} iterations",
+            "blocks of two capsule layers": c.blocks if model.has_capsules else None,
+            "routing": f"{c.method}, {c.iterations} iterations" if model.has_capsules else None,
             "classes": ", ".join(model.class_names[:20]) + (" ..." if c.classes > 20 else ""),
         }
         lines += ["| | |", "|---|---|"]
@@ -85,11 +86,11 @@ class ModelCard:
             lines += ["", "## Reconstructions", "", f"![Test images, rebuilt]({PICTURE})"]
         return "\n".join(lines) + "\n"
 
-    def _metadata(self, title: str) -> dict[str, Any]:
+    def _metadata(self, title: str, kind: str) -> dict[str, Any]:
         metadata: dict[str, Any] = {
             "library_name": "mocapsnet",
             "pipeline_tag": "image-classification",
-            "tags": ["capsule-network", "mocapsnet", "image-classification"],
+            "tags": [kind.replace(" ", "-"), "mocapsnet", "image-classification"],
         }
         if self.dataset is not None and self.accuracy is not None:
             result = {

@@ -135,7 +135,7 @@ def list_folder(run: Path) -> None:
         "learning_curves.png": "loss and accuracy over the epochs",
         "reconstructions.png": "test images beside their reconstructions",
         "confusion_matrix.png": "true against predicted classes",
-        "worst_images.png": "test images with the largest margin loss",
+        "worst_images.png": "test images with the largest loss",
     }
     for name, text in meaning.items():
         if (run / name).exists():

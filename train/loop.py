@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from mocapsnet import CapsNet, CapsuleLoss
+from mocapsnet import CapsNet
 from mocapsnet.train import (
     bundles,
     checkpoints,
@@ -33,6 +33,7 @@ from mocapsnet.train.prepare import (
     build,
     load_data,
     make_accelerator,
+    make_criterion,
     make_repeatable,
     network_config,
 )
@@ -82,7 +83,7 @@ def finished(run: Path, options: TrainOptions) -> bool:
         )
     # The last thing that a run writes. One that was killed just before writes it when continued.
     card = run / model_folder.FOLDER / "README.md"
-    written = (checkpoint / checkpoints.STATE, card, run / "reconstructions.png")
+    written = (checkpoint / checkpoints.STATE, card, run / "confusion_matrix.png")
     if options.optim.epochs > done or not all(path.exists() for path in written):
         return False
     return card.stat().st_mtime >= written[-1].stat().st_mtime >= written[0].stat().st_mtime
@@ -131,7 +132,7 @@ def _train(
             options, bare_model, len(train_set), len(test_set), accelerator, run, epochs_done
         )
 
-    criterion = CapsuleLoss(options.optim.reconstruction_weight)
+    criterion = make_criterion(options)
     trainer = Trainer(
         accelerator, model, criterion, optimizer, train_set, bare_model.preprocessing, options
     )

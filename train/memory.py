@@ -25,7 +25,7 @@ def check_fit(
         images: that are in a process's memory at once in a step.
     Raises: InputError with what was asked for, and what there is.
     """
-    state = 4 * KEPT[options.optimizer] * parameters(config)
+    state = 4 * KEPT[options.optimizer] * config.parameters
     features = 4 * images * feature_numbers(config)
     free = free_bytes(device)
     if state + features <= free:
@@ -41,20 +41,6 @@ def check_fit(
         f"free on {device.type}: {_gib(state)} for weights, gradients and optimiser, "
         f"{_gib(features)} for what the convolutions make of {images} images; {remedy}"
     )
-
-
-def parameters(config: CapsNetConfig) -> int:
-    """Numbers of a network's parameters together, without building it."""
-    c = config
-    area = c.kernel_size**2
-    convolutions = c.channels * (c.image_shape[0] * area + 1) + c.channels * (c.channels * area + 1)
-    first = c.primary_capsules * c.capsule_dim * c.capsules * c.capsule_dim
-    blocks = 2 * c.blocks * (c.capsules * c.capsule_dim) ** 2
-    last = c.capsules * c.capsule_dim * c.classes * c.class_dim
-    biases = (2 * c.blocks + 1) * c.capsules * c.capsule_dim + c.classes * c.class_dim
-    widths = [c.classes * c.class_dim, *c.decoder, math.prod(c.image_shape)]
-    decoder = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
-    return convolutions + first + blocks + last + decoder + (c.bias is not None) * biases
 
 
 def feature_numbers(config: CapsNetConfig) -> int:

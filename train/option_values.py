@@ -137,6 +137,17 @@ def _check_use(options: TrainOptions) -> None:
             MOMENTUM,
             f"is for --model mocapsnet; {options.model.name} has no momentum",
         )
+    if options.model.name == "cnn":
+        model = "grouping iterations method routing_grad sda_mean sda_scale bias init skip"
+        optim = "reconstruction_weight reconstruction_target decoder_mask"
+        refuse(
+            [
+                *(f"model.{n}" for n in model.split()),
+                *(f"optim.{n}" for n in optim.split()),
+                "bundles",
+            ],
+            "is for networks of capsules; cnn has no routing and no decoder",
+        )
     if options.model.method != "sda":
         refuse(["model.sda_scale"], "is for --method sda")
     if options.optim.optimizer != "ranger21":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, Suppress, arg
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "folder"]
-ModelName = Literal["mocapsnet", "rescapsnet", "capsnet"]
+ModelName = Literal["mocapsnet", "rescapsnet", "capsnet", "cnn"]
 RecipeName = Literal["published"]
 
 
@@ -108,7 +108,9 @@ class ModelOptions:
     """The network."""
 
     name: Annotated[ModelName, arg(name="model")] = "mocapsnet"
-    """Momentum blocks, residual blocks, or a plain stack of capsule layers."""
+    """Momentum blocks, residual blocks, or a plain stack of capsule layers. Or, to compare with,
+    cnn: the same convolutions and a dense layer, of as many parameters as mocapsnet has with the
+    same options, trained with cross-entropy."""
     blocks: int = 1
     """Blocks of two capsule layers each."""
     capsules: int = 32

@@ -29,7 +29,7 @@ def write_pictures(
     names = [test_set.name(label) for label in range(len(tested.confusion))]
     figures["confusion_matrix"] = confusion_matrix(tested, names)
     if rows:
-        figures["learning_curves"] = learning_curves(rows)
+        figures["learning_curves"] = learning_curves(rows, model.class_loss)
     paths = []
     for name, figure in figures.items():
         FigureCanvasAgg(figure)
@@ -38,18 +38,20 @@ def write_pictures(
     return paths
 
 
-def learning_curves(rows: list[Row]) -> Figure:
-    """Accuracy and the two parts of the loss after each epoch."""
+def learning_curves(rows: list[Row], class_loss: str = "margin loss") -> Figure:
+    """Accuracy and the two parts of the loss after each epoch; one, where nothing is drawn."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     epochs = [row["epoch"] for row in rows]
     # One epoch is a point, not a line.
     marker = "o" if len(rows) < 20 else None
     panels = {
         "accuracy": f"Accuracy (test, last: {rows[-1]['test_accuracy']:.2%})",
-        "margin": "Margin loss per image",
+        "margin": f"{class_loss.capitalize()} per image",
         "reconstruction": "Squared reconstruction error per image",
     }
-    for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    if not any(row["train_reconstruction"] for row in rows):
+        del panels["reconstruction"]
+    for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for split, colour in (("train", "tab:blue"), ("test", "tab:orange")):
             values = [row[f"{split}_{name}"] for row in rows]
             axes.plot(epochs, values, color=colour, marker=marker, ms=3, label=split)
@@ -91,13 +93,14 @@ def reconstructions(
 def worst_images(
     model: CapsNet, test_set: data.ImageSet, judged: Judged, count: int = 25
 ) -> Figure:
-    """The test images with the largest margin loss."""
+    """The test images with the largest margin loss, or whatever the network has for it."""
     shown = worst(judged, count)
     wrong = int((judged.labels != judged.guesses)[shown].sum())
     beside = "" if model.decoder is None else "beside its reconstruction, "
     title = (
-        f"Of {len(test_set):,} test images the {len(shown)} with the largest margin loss ({wrong} "
-        f"mistakes),\neach {beside}under its class and that capsule's length"
+        f"Of {len(test_set):,} test images the {len(shown)} with the largest {model.class_loss} "
+        f"({wrong} mistakes),\neach {beside}under its class and that "
+        + ("capsule's length" if model.has_capsules else "class's probability")
     )
     return mistakes_figure(model, test_set, judged, shown, title)
 

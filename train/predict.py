@@ -28,7 +28,7 @@ class Found:
     """A file and what was found in it, or why nothing was.
 
     Attributes:
-        lengths: of the class capsules [classes].
+        lengths: of the class capsules, or probabilities of a network without capsules [classes].
         pair: the image as the network saw it, beside its reconstruction [C, H, 2 W + 1], or alone
             [C, H, W] where the network has no decoder.
     """
@@ -69,7 +69,8 @@ def predict(options: PredictOptions) -> list[Found]:
     if options.json:
         print(json.dumps([_entry(one, model.class_names) for one in found], indent=2))
     else:
-        for line in table(found, model.class_names):
+        number = "length" if model.has_capsules else "probability"
+        for line in table(found, model.class_names, number):
             print(line)
     if options.pictures is not None:
         folder = Path(options.pictures)
@@ -124,9 +125,13 @@ def _batch(model: CapsNet, files: list[Path]) -> Iterator[Found]:
         yield Found(file, faults[n]) if n in faults else Found(file, None, *rows[n])
 
 
-def table(found: list[Found], names: tuple[str, ...]) -> list[str]:
-    """Lines of text; images that could not be read have none."""
-    rows = [("file", "class", "length", "runner-up", "length")]
+def table(found: list[Found], names: tuple[str, ...], number: str = "length") -> list[str]:
+    """Lines of text; images that could not be read have none.
+
+    Args:
+        number: what `lengths` are.
+    """
+    rows = [("file", "class", number, "runner-up", number)]
     for one in found:
         if one.fault is None:
             cells = [(names[k], f"{length:.3f}") for k, length in one.ranked(2)]

@@ -9,7 +9,7 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from mocapsnet import CapsNet, CapsNetConfig, build_model
+from mocapsnet import CapsNet, CapsNetConfig, CapsuleLoss, CNNLoss, build_model
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.option_values import preprocessing
@@ -118,3 +118,10 @@ def build(options: TrainOptions, images: data.ImageSet) -> CapsNet:
     model.class_names = images.classes
     model.preprocessing = preprocessing(options.data)
     return model
+
+
+def make_criterion(options: TrainOptions) -> CapsuleLoss:
+    """The loss that a network is trained and tested with."""
+    if options.model.name == "cnn":
+        return CNNLoss()
+    return CapsuleLoss(options.optim.reconstruction_weight)

@@ -23,7 +23,8 @@ def published(asked: TrainOptions) -> TrainOptions:
     a recipe; what only some networks, routings or optimisers have is set for those alone.
     """
     given, plain = asked.model, TrainOptions()
-    model = replace(plain.model, init="paper", grouping="pixels")
+    cnn = given.name == "cnn"  # has neither routing nor decoder; that code has none
+    model = plain.model if cnn else replace(plain.model, init="paper", grouping="pixels")
     if given.name == "mocapsnet":
         model = replace(model, velocity="block", skip="twice")
     if given.method == "sda":
@@ -31,7 +32,9 @@ def published(asked: TrainOptions) -> TrainOptions:
     data = replace(plain.data, normalisation="fixed")
     if asked.data.pad != 0:
         data = replace(data, test_crop="random")
-    optim = replace(plain.optim, decoder_mask="prediction", reconstruction_target="normalised")
+    optim = plain.optim
+    if not cnn:
+        optim = replace(optim, decoder_mask="prediction", reconstruction_target="normalised")
     if asked.optim.optimizer == "ranger21":  # it takes the batch size for the batches of an epoch
         batch_size = asked.optim.batch_size or PRESETS[asked.data.dataset].batch_size
         optim = replace(optim, planned_steps=batch_size)

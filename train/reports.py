@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mocapsnet import CapsuleLoss
 from mocapsnet.train import bundles, checkpoints
 from mocapsnet.train.data import ImageSet
 from mocapsnet.train.errors import InputError
@@ -16,7 +15,13 @@ from mocapsnet.train.evaluation import Evaluation, Judged, evaluate
 from mocapsnet.train.metrics import describe_damage, read_rows
 from mocapsnet.train.options import RunOptions, VisualizeOptions
 from mocapsnet.train.pictures.mistakes import worst
-from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
+from mocapsnet.train.prepare import (
+    build,
+    load_data,
+    make_accelerator,
+    make_criterion,
+    make_repeatable,
+)
 from mocapsnet.train.run_folder import check_images, read_config
 
 # Classes whose accuracy is printed; of more, the least accurate.
@@ -50,7 +55,7 @@ def report(command: RunOptions) -> Evaluation:
     model = build(options, test_set)
     checkpoints.load_weights(checkpoint, model)
     accelerator.prepare(model)
-    criterion = CapsuleLoss(options.optim.reconstruction_weight)
+    criterion = make_criterion(options)
     tested = evaluate(
         accelerator,
         model,
@@ -60,10 +65,13 @@ def report(command: RunOptions) -> Evaluation:
         options.optim.reconstruction_target,
     )
     if accelerator.is_main_process:
+        parts = f"margin {tested.margin:.4f}, reconstruction {tested.reconstruction:.2f}"
+        if not model.has_capsules:
+            parts = model.class_loss
         print(
             f"{run}, after epoch {epochs_done}: test accuracy {tested.accuracy:.2%} "
             f"({tested.correct:,} of {tested.images:,}), loss {tested.loss:.4f} "
-            f"(margin {tested.margin:.4f}, reconstruction {tested.reconstruction:.2f})"
+            f"({parts})"
         )
         by_class = tested.by_class()
         shown = list(by_class.items())[:SHOWN]
@@ -78,7 +86,7 @@ def report(command: RunOptions) -> Evaluation:
         if mistakes:
             print(f"most frequent mistakes: {', '.join(mistakes)}")
         if tested.judged is not None:
-            print(f"largest margin losses: {', '.join(worst_images(test_set, tested.judged))}")
+            print(f"largest {model.class_loss}: {', '.join(worst_images(test_set, tested.judged))}")
         if isinstance(command, VisualizeOptions):
             from mocapsnet.train.plots import write_pictures
 
@@ -92,7 +100,7 @@ def report(command: RunOptions) -> Evaluation:
             assert tested.judged is not None
             for line in inside.write(run, model, test_set, options, chosen, tested.judged):
                 print(line, flush=True)
-            if command.bundles:
+            if command.bundles and model.has_capsules:
                 measured = bundles.history(run, model, train_set, options.optim, epochs_done)
                 for line in inside.write_bundles(run, model, measured):
                     print(line)

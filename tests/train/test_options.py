@@ -165,7 +165,7 @@ def test_bad_input_is_one_clear_error(arguments: str, expected: str, command: Co
 def test_parameters_are_counted_without_building(model: str, sizes: dict[str, Any]) -> None:
     config = CapsNetConfig((3, 28, 24), 7, **({"blocks": 0} if model == "capsnet" else {}) | sizes)
     built = build_model(model, config)
-    assert memory.parameters(config) == sum(p.numel() for p in built.parameters())
+    assert config.parameters == sum(p.numel() for p in built.parameters())
     images = torch.rand(1, 3, 28, 24)
     first, features = built.convolutions[:2](images), built.convolutions(images)
     assert memory.feature_numbers(config) == first.numel() + features.numel()

@@ -12,17 +12,16 @@ import numpy as np
 import psutil
 import torch
 
-from mocapsnet import CapsuleLoss
 from mocapsnet.train import data
 from mocapsnet.train.evaluation import evaluate
 from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.schedule import Place
 from mocapsnet.train.experiments.states import State
-from mocapsnet.train.memory import KEPT, parameters
+from mocapsnet.train.memory import KEPT
 from mocapsnet.train.optimizers import build_optimizer
 from mocapsnet.train.option_values import flat
 from mocapsnet.train.options import TrainOptions
-from mocapsnet.train.prepare import build, make_accelerator, network_config
+from mocapsnet.train.prepare import build, make_accelerator, make_criterion, network_config
 from mocapsnet.train.trainer import Trainer
 
 # Training and test images of the data sets with a name.
@@ -191,7 +190,7 @@ def _time_steps(options: TrainOptions, images: Images) -> tuple[float, float]:
     model = build(options, first)
     optimizer, _ = build_optimizer(options.optim, model.parameters(), 1000)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    criterion = CapsuleLoss(options.optim.reconstruction_weight)
+    criterion = make_criterion(options)
     for image_set in (first, several):
         trainer = Trainer(
             accelerator, prepared, criterion, optimizer, image_set, model.preprocessing, options
@@ -214,5 +213,5 @@ def disk(runs: list[Run]) -> int:
             classes = tuple(map(str, range(100 if name == "cifar100" else 10)))
             config = network_config(run.options, data.image_set(pixels, [0], classes, ("", "")))
             # Weights twice, in the checkpoint and in the model, and the optimiser's numbers.
-            total += 4 * KEPT[run.options.optim.optimizer] * parameters(config)
+            total += 4 * KEPT[run.options.optim.optimizer] * config.parameters
     return total

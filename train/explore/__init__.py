@@ -129,6 +129,10 @@ def read(command: ExploreOptions) -> tuple[Explorer, str, list[Example]]:
         network = mocapsnet.load(command.run)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if not network.has_capsules:
+        raise InputError(
+            f"{command.run} holds a network without capsules: there is none to explore"
+        )
     if isinstance(network, mocapsnet.ConvMoCapsNet):
         raise InputError(
             f"{command.run} holds a ConvMoCapsNet, whose windows this page does not show; "

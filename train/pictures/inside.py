@@ -58,6 +58,9 @@ def write(
     """
     network.eval()
     yield _mistakes(run, network, test_set, judged)
+    if not network.has_capsules:
+        yield f"no pictures of capsules: {options.model.name} has none"
+        return
     if network.decoder is None:
         yield "no dimensions.png: the network has no decoder to draw what they do"
     elif options.optim.reconstruction_weight == 0:
@@ -83,7 +86,9 @@ def _mistakes(run: Path, network: CapsNet, test_set: ImageSet, judged: Judged) -
         return f"no mistakes.png: all {len(test_set):,} test images are taken for what they are"
     wrong = int((judged.guesses != judged.labels).sum())
     title = f"Of {wrong:,} mistakes on {len(test_set):,} test images, the {len(shown)} surest"
-    if network.decoder is None:
+    if not network.has_capsules:
+        title += "\n(in brackets the probabilities)"
+    elif network.decoder is None:
         title += "\n(in brackets the lengths of the capsules)"
     else:
         title += (

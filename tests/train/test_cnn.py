@@ -1,0 +1,71 @@
+"""`--model cnn` through every command: what applies works, what does not is said in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import mocapsnet
+from mocapsnet.train import recipes
+from mocapsnet.train.option_values import resolve
+from mocapsnet.train.options import ModelOptions, TrainOptions
+
+from .helpers import rows, weights
+
+Command = Callable[..., tuple[int, str, str]]
+Train = Callable[..., Path]
+
+
+def test_a_run_without_capsules(train: Train, command: Command) -> None:
+    run = train("run", "--model", "cnn", "--epochs", "3")
+    first, *_, last = rows(run)
+    # Per image; that of guessing is log(10) = 2.3.
+    assert last["train_loss"] == last["train_margin"] < first["train_loss"] < 3
+    assert last["train_reconstruction"] == last["test_reconstruction"] == 0
+    pictures = {path.name for path in run.glob("*.png")}
+    assert pictures == {"confusion_matrix.png", "learning_curves.png", "worst_images.png"}
+    code, output, _ = command("train", "--resume", "run")
+    assert code == 0 and "run is finished, 3 of 3 epochs" in output
+
+    code, output, errors = command("evaluate", "run", "--device", "cpu")
+    assert code == 0, errors
+    assert f"test accuracy {last['test_accuracy']:.2%}" in output
+    assert f"loss {last['test_loss']:.4f} (cross-entropy)" in output
+    assert "margin" not in output and "largest cross-entropy: image " in output
+    code, output, errors = command("visualize", "run", "--device", "cpu")
+    assert code == 0, errors
+    assert "no pictures of capsules: cnn has none" in output
+    assert {path.name for path in run.glob("*.png")} - {"mistakes.png"} == pictures
+
+    Image.new("L", (8, 8), 100).save("grey.png")
+    code, output, errors = command("predict", "run", "grey.png", "--pictures", "drawn")
+    assert code == 0, errors
+    assert output.split()[:3] == ["file", "class", "probability"]
+    assert Path("drawn/grey.png").is_file()
+    code, output, _ = command("predict", "run", "grey.png", "--json")
+    assert sum(json.loads(output)[0]["lengths"]) == pytest.approx(1, abs=1e-5)
+    network = mocapsnet.load(run)
+    torch.testing.assert_close(dict(network.named_parameters()), weights(run), rtol=0, atol=0)
+    code, _, errors = command("explore", "run", "--no-browser")
+    assert code == 2 and "run holds a network without capsules" in errors
+
+
+@pytest.mark.parametrize(
+    "option", ["--method sda", "--decoder-mask prediction", "--gamma 0.5", "--bundles True"]
+)
+def test_options_of_capsules_are_refused(option: str, command: Command) -> None:
+    code, _, errors = command("train", "--model", "cnn", *option.removesuffix(" True").split())
+    assert code == 2 and f"mocapsnet: {option} is for " in errors and errors.count("\n") == 1
+
+
+def test_the_published_recipe_without_capsules() -> None:
+    """Of its departures those of the data remain."""
+    asked = TrainOptions(model=ModelOptions(name="cnn"), recipe="published")
+    options = resolve(recipes.defaults(asked))
+    assert options.data.normalisation == "fixed" and options.data.test_crop == "random"
+    assert options.model.init == "length" and options.optim.decoder_mask == "label"
