@@ -18,6 +18,7 @@ from . import __version__
 
 if TYPE_CHECKING:
     from mocapsnet.train.options import (
+        CompareOptions,
         ExperimentOptions,
         ExploreOptions,
         ExportOptions,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     Command = (
         TrainOptions
+        | CompareOptions
         | ExperimentOptions
         | ExploreOptions
         | PredictOptions
@@ -94,6 +96,7 @@ def _run(arguments: list[str]) -> None:
         return benchmark(arguments[1:])
 
     from mocapsnet.train.options import (
+        CompareOptions,
         ExperimentOptions,
         ExploreOptions,
         ExportOptions,
@@ -111,6 +114,10 @@ def _run(arguments: list[str]) -> None:
         from mocapsnet.train.experiments import experiment
 
         experiment(command)
+    elif isinstance(command, CompareOptions):
+        from mocapsnet.train.compare import compare
+
+        compare(command)
     elif isinstance(command, PredictOptions):
         from mocapsnet.train.predict import predict
 
@@ -192,6 +199,7 @@ def _cli(
 
     from mocapsnet.train.options import (
         BenchmarkOptions,
+        CompareOptions,
         EvaluateOptions,
         ExperimentOptions,
         ExploreOptions,
@@ -207,6 +215,7 @@ def _cli(
         Annotated[TrainOptions, subcommand("train", default=train)]
         | Annotated[EvaluateOptions, subcommand("evaluate")]
         | Annotated[VisualizeOptions, subcommand("visualize")]
+        | Annotated[CompareOptions, subcommand("compare")]
         | Annotated[PredictOptions, subcommand("predict")]
         | Annotated[ExportOptions, subcommand("export")]
         | Annotated[ImportOptions, subcommand("import")]

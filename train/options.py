@@ -251,6 +251,14 @@ class VisualizeOptions(RunOptions):
 
 
 @dataclass(frozen=True)
+class CompareOptions:
+    """Print what runs differ in, how they started, and how far they have got, as tables."""
+
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...")]
+    """Run folders that `mocapsnet train` wrote, finished or not."""
+
+
+@dataclass(frozen=True)
 class PredictOptions:
     """Say which class is in each image, by a table or as JSON."""
 
