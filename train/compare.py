@@ -84,13 +84,9 @@ def losses(names: Sequence[str], starts: Sequence[dict[str, Any]]) -> Table:
     table = [["run", "0", *(f"{n:,}" for n in counts)]]
     for run, found in zip(names, starts, strict=True):
         after = [found.get("losses", {}).get(str(n)) for n in counts]
-        table.append(
-            [
-                run,
-                *(f"{f['margin']:.3g} ({f['accuracy']:.1%})" if f else "" for f in (found, *after)),
-            ]
-        )
-    return table
+        cells = [f"{f['margin']:.3g} ({f['accuracy']:.1%})" if f else "" for f in (found, *after)]
+        table.append([run, *cells])
+    return table if any(starts) else []
 
 
 def accuracies(names: Sequence[str], rows: Sequence[list[Row]]) -> Table:

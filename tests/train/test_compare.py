@@ -74,7 +74,7 @@ def test_tables(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch)
     (a / "start.json").unlink()
     code, output, errors = command("compare", "a")
     assert code == 0, errors
-    assert list(tables(output)) == ["Margin", "Accuracy"]
+    assert list(tables(output)) == ["Accuracy"]
     for content in ("[]", "{", '{"layers": [{"layer": "first"}]}', '{"loss": 1}'):
         (a / "start.json").write_text(content)
         code, _, errors = command("compare", "a", "b")
