@@ -45,9 +45,7 @@ def momentum_forward_kernel(
     """
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_J)[:, None, None]
-    j = tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    m_x = (j < J) & (d < D)
+    j, d, m_x = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     o_x = b * J * D + j * D + d
     o_W = i * D * J * D + j * D + d
     x = tl.load(x_in_ptr + o_x, m_x, 0)
@@ -109,9 +107,7 @@ def momentum_backward_kernel(
     """
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_J)[:, None, None]
-    j = tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    m_x = (j < J) & (d < D)
+    j, d, m_x = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     o_x = b * J * D + j * D + d
     o_W = i * D * J * D + j * D + d
     m_a = (i < J) & (j < J)

@@ -141,9 +141,7 @@ def on_chip_forward_kernel(
     """v of one sample, and its s of every iteration."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_N)[:, None, None]
-    j = tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    m_v = (j < J) & (d < D)
+    j, d, m_v = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     o_v = b * J * D + j * D + d
     p_u, m_u = u_ptr + (b * N + i) * K, i < N
     p_W, m_W = W_ptr + i * K * J * D + j * D + d, (i < N) & m_v
@@ -182,9 +180,7 @@ def on_chip_backward_kernel(
     """du of one sample, and its terms of d(u_hat)."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_N)[:, None, None]
-    j = tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    m_v = (j < J) & (d < D)
+    j, d, m_v = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     o_v = b * J * D + j * D + d
     stride_x = B.to(tl.int64) * J * D
     p_a, m_a = a_ptr + (b * N + i) * J + j, (i < N) & (j < J)

@@ -154,9 +154,7 @@ def output_kernel(
 ):
     """s, v and the next state [B, J, D] of one iteration; the state grows by v if ADD."""
     b = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    m = (j < J) & (d < D)
+    j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     o = b * J * D + j * D + d
     s = sum_of_slices(partial_ptr + o, m, B.to(tl.int64) * J * D, slices, BLOCK_S)
     if HAS_BIAS:
@@ -198,9 +196,7 @@ def output_gradient_kernel(
     not the state but ds once more, as [J, B, D].
     """
     b = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    m = (j < J) & (d < D)
+    j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     o = b * J * D + j * D + d
     stride = B.to(tl.int64) * J * D
     s = tl.load(s_ptr + r * stride + o, m, 0)
@@ -354,12 +350,11 @@ def kept_backward_dots_kernel(
     """
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
     b = row[:, :, None]
-    j = tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
+    j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
     w_k = k[:, None, None]
-    m_W = (w_k < K) & (j < J) & (d < D)
-    ds = tl.load(ds_ptr + b * J * D + j * D + d, (b < B) & (j < J) & (d < D), 0)
+    m_W = (w_k < K) & m
+    ds = tl.load(ds_ptr + b * J * D + j * D + d, (b < B) & m, 0)
     first = tl.program_id(1).to(tl.int64) * per_slice
     for i in range(first, tl.minimum(first + per_slice, N)):
         c = tl.load(c_ptr + (i * J + j) * B + b, (b < B) & (j < J), 0)

@@ -11,6 +11,14 @@ from .. import device
 
 
 @triton.jit
+def outputs(J: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Output capsules j [1, J, 1], their components d, and which of both there are [1, J, D]."""
+    j = tl.arange(0, BLOCK_J)[None, :, None]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    return j, d, (j < J) & (d < D)
+
+
+@triton.jit
 def add_votes(
     x, p_u, m_u, p_W, m_W, K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr
 ):

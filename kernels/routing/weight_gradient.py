@@ -134,14 +134,13 @@ def kept_weight_gradient_kernel(
     from the couplings c [N, J, B] of forward. NS are the numbers from 0 to theirs.
     """
     first = tl.program_id(0).to(tl.int64) * len(NS)
-    j = tl.arange(0, BLOCK_J)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
+    j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     k = tl.arange(0, BLOCK_K)[:, None, None]
     dW = [tl.zeros([WARPS, BLOCK_J * BLOCK_D // WARPS, BLOCK_K], ACC) for n in NS]
     for start in range(0, B, BLOCK_B):
         row = start + tl.arange(0, BLOCK_B)[:, None].to(tl.int64)
         b = row[:, :, None]
-        ds = tl.load(ds_ptr + (b * J + j) * D + d, (b < B) & (j < J) & (d < D), 0)
+        ds = tl.load(ds_ptr + (b * J + j) * D + d, (b < B) & m, 0)
         dW = [
             kept_part(
                 dW[n],
@@ -165,7 +164,7 @@ def kept_weight_gradient_kernel(
     for n in tl.static_range(len(NS)):
         i = first + n
         p_dW = dW_ptr + ((i * K + k) * J + j) * D + d
-        m_dW = (i < N) & (k < K) & (j < J) & (d < D)
+        m_dW = (i < N) & (k < K) & m
         tl.store(p_dW, dots.unpacked(dW[n], BLOCK_J, BLOCK_D), m_dW)
 
 
