@@ -1,9 +1,10 @@
 """What does a block cost in memory?
 
-Table 4 and Figure 4a of the paper: one training step on MNIST shapes (forward, loss, backward,
-Adam), peak of live tensor bytes including images, parameters, gradients and Adam's state, against
-the number of residual blocks of two capsule layers. The paper measured 4462 MB for ResCapsNet with
-one block and about 190 MB more per block, for MoCapsNet 4320 MB and 4 MB.
+Table 4 and Figure 4a of the paper: one training step (forward, loss, backward, Adam) on images of
+the shape of MNIST, or of CIFAR-10 and SVHN; peak of live tensor bytes including images, parameters,
+gradients and Adam's state, against the number of residual blocks of two capsule layers. The paper
+measured 4462 MB for ResCapsNet on MNIST with one block and about 190 MB more per block, for
+MoCapsNet 4320 MB and 4 MB.
 
 "published" routes eagerly with a broadcast matrix product, which copies the weights once per
 sample; "einsum" without the copy; "checkpoint" computes every block again in backward. Published
@@ -33,6 +34,7 @@ from mocapsnet import CapsuleLayer, MomentumStack
 from .shared import measure, report
 from .shared.candidates import (
     CANDIDATES,
+    IMAGES,
     STYLES,
     Candidate,
     batch_of,
@@ -49,9 +51,9 @@ def step_bytes(candidate: Candidate, blocks: int, args: argparse.Namespace) -> d
 
     A first step, on two images, makes Adam's state.
     """
-    model = candidate.build(blocks, args.channels).to(args.device)
+    model = candidate.build(blocks, args.channels, images=args.images).to(args.device)
     optimizer = torch.optim.Adam(model.parameters())
-    images, pixels, labels = batch = batch_of(args.batch, args.device)
+    images, pixels, labels = batch = batch_of(args.batch, args.device, model.config.image_shape)
     training_step(model, optimizer, (images[:2], pixels[:2], labels[:2]))()
     state = [t for values in optimizer.state.values() for t in values.values()]
     gc.collect()
@@ -108,7 +110,9 @@ def summarize(rows: list[report.Row], unit: int) -> list[report.Row]:
     return summary
 
 
-def describe(rows: list[report.Row], summary: list[report.Row], batch: int) -> str:
+def describe(
+    rows: list[report.Row], summary: list[report.Row], batch: int, images: str = "mnist"
+) -> str:
     """Markdown: the table and how the targets are met."""
     series = report.series(rows, "blocks", "peak_bytes")
     blocks = summary[0]["blocks"]
@@ -131,11 +135,11 @@ def describe(rows: list[report.Row], summary: list[report.Row], batch: int) -> s
     deep = [[row["layers"], row["activation_bytes"]] for row in summary if "layers" in row]
     return "\n\n".join(
         [
-            f"Peak of live tensors in one training step, batch {batch}, against blocks. Over its "
-            "state: the slope over four times a block's parameters. Kept per block: MB "
-            "that forward keeps for backward; they are freed before the first capsule layer goes "
-            "backward, where most of these peaks lie, and show in a peak once blocks outweigh that "
-            "layer. Times: over published ResCapsNet.",
+            f"Peak of live tensors in one training step, batch {batch}, images of the shape of "
+            f"{images}, against blocks. Over its state: the slope over four times a block's "
+            "parameters. Kept per block: MB that forward keeps for backward; they are freed before "
+            "the first capsule layer goes backward, where most of these peaks lie, and show in a "
+            "peak once blocks outweigh that layer. Times: over published ResCapsNet.",
             report.table(header, lines),
             f"Reversible fused MoCapsNet: a block costs {best['slope_over_state']:.2f} times its "
             f"state (target at most {SLOPE_TARGET}); a step with {blocks} block takes "
@@ -182,6 +186,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--channels", type=report.positive, default=256, help="of both convolutions"
     )
     parser.add_argument(
+        "--images", choices=list(IMAGES), default="mnist", help="shape of the images"
+    )
+    parser.add_argument(
         "--layers",
         type=report.positive,
         nargs="+",
@@ -194,7 +201,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     results = partial(network_results, batch=args.batch)
-    check(CANDIDATES, min(args.blocks), args.channels, args.device, results)
+    check(CANDIDATES, min(args.blocks), args.channels, args.device, results, args.images)
     rows: list[report.Row] = []
     for name, candidate in CANDIDATES.items():
         for blocks in sorted(args.blocks):
@@ -204,5 +211,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     for layers in sorted(args.layers):
         activations = activation_bytes(layers, args.batch, args.device)
         summary.append({"layers": layers, "activation_bytes": activations})
-    text = describe(rows, summary, args.batch)
+    text = describe(rows, summary, args.batch, args.images)
     report.write(args, "memory", rows, summary, text, {"memory": draw(rows)})

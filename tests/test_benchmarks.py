@@ -72,6 +72,7 @@ def test_memory(tmp_path, monkeypatch):
     rows, summary = results(tmp_path, "memory")
     assert len(rows) == 2 * len(memory.CANDIDATES)
     cost = {row["candidate"]: row for row in summary if "candidate" in row}
+    (weights,) = (row for row in rows if row["candidate"] == names[2] and row["blocks"] == 1)
     few, more = (row["activation_bytes"] for row in summary if "layers" in row)
     assert few > 0 and abs(more - few) < 8 * 32 * 8 * 4  # not one x more
     assert cost["ResCapsNet, published"]["times_published"] == 1
@@ -81,6 +82,16 @@ def test_memory(tmp_path, monkeypatch):
     # forward keeps nothing of a reversible block, of others at least the votes, B N J D of 4 bytes
     assert abs(cost["MoCapsNet, fused, reversible"]["kept_per_block"]) < 1000
     assert cost["ResCapsNet, published"]["kept_per_block"] > 2 * 8 * 32 * 32 * 8 * 4
+
+    monkeypatch.setattr(memory, "CANDIDATES", {n: memory.CANDIDATES[n] for n in names[::2]})
+    memory.main([*settings.split(), "--images", "cifar10", "--output", str(tmp_path)])
+    (larger,) = (
+        row
+        for row in results(tmp_path, "memory")[0]
+        if row["candidate"] == names[2] and row["blocks"] == 1
+    )
+    # 64 instead of 36 input capsules, and three times 32 x 32 pixels to draw instead of 28 x 28
+    assert larger["peak_bytes"] - weights["peak_bytes"] > 4 * 4 * 1024 * (3 * 32**2 - 28**2)
 
 
 def test_depth(tmp_path):

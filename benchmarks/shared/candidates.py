@@ -16,7 +16,8 @@ from mocapsnet.reversible import ResidualStack
 from . import published
 from .measure import relative_error
 
-IMAGE, CLASSES = (1, 28, 28), 10
+IMAGES, CLASSES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}, 10
+"""Shapes of images; SVHN's are CIFAR-10's."""
 TOLERANCE = 1e-4
 
 
@@ -29,12 +30,23 @@ class Candidate(NamedTuple):
     memory: str
     """"stored", "checkpoint" (residual stacks) or "reversible" (momentum stacks)."""
 
-    def build(self, blocks: int, channels: int = 256, backend: str | None = None) -> CapsNet:
+    def build(
+        self,
+        blocks: int,
+        channels: int = 256,
+        backend: str | None = None,
+        images: str = "mnist",
+    ) -> CapsNet:
         """The same weights for all candidates of one model."""
         torch.manual_seed(0)
         memory = "reversible" if self.memory == "reversible" else "stored"
         config = CapsNetConfig(
-            IMAGE, CLASSES, blocks, channels=channels, memory=memory, routing_backend=backend
+            IMAGES[images],
+            CLASSES,
+            blocks,
+            channels=channels,
+            memory=memory,
+            routing_backend=backend,
         )
         model = build_model(self.model, config)
         if self.routing is not None:
@@ -72,10 +84,12 @@ STYLES = {  # colour: routing; line: model or memory
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def batch_of(size: int, device: torch.device) -> Batch:
+def batch_of(
+    size: int, device: torch.device, image: tuple[int, int, int] = IMAGES["mnist"]
+) -> Batch:
     """Normalised images, their pixels in [0, 1], and labels."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(size, *IMAGE, generator=generator)
+    pixels = torch.rand(size, *image, generator=generator)
     labels = torch.randint(CLASSES, (size,), generator=generator)
     return ((pixels - 0.5) * 12**0.5).to(device), pixels.to(device), labels.to(device)
 
@@ -106,7 +120,7 @@ def network_results(
     """
     weight = model.last.weight
     bfloat16 &= weight.dtype == torch.float32
-    images, pixels, labels = batch_of(batch, weight.device)
+    images, pixels, labels = batch_of(batch, weight.device, model.config.image_shape)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
         output = model(images.to(weight.dtype), labels)
     error = (output.reconstruction - pixels).square().sum()
@@ -121,6 +135,7 @@ def check(
     channels: int,
     device: torch.device,
     results: Callable[[CapsNet], Iterable[Tensor | None]],
+    images: str = "mnist",
 ) -> None:
     """Raises SystemExit unless every candidate is as close to float64 as eager code is.
 
@@ -131,7 +146,8 @@ def check(
     known: dict[str, tuple[list[Any], list[float]]] = {}
 
     def found(candidate: Candidate, backend: str | None, dtype: torch.dtype) -> list[Any]:
-        return list(results(candidate.build(blocks, channels, backend).to(device, dtype)))
+        model = candidate.build(blocks, channels, backend, images)
+        return list(results(model.to(device, dtype)))
 
     def errors(got: list[Any], truth: list[Any]) -> list[float]:
         return [relative_error(*pair) for pair in zip(got, truth, strict=True)]

@@ -53,6 +53,10 @@ def experiment(command: ExperimentOptions) -> None:
     if command.copy is not None:
         return _copy(path, Path(command.copy))
     content = configuration.load(path)
+    if "benchmarks" in content:
+        from mocapsnet.train.experiments import measured
+
+        return measured.experiment(content, path, command)
     found = configuration.parse(content, path.stem, path)
     folder = Path(command.out) / path.stem
     if command.report:

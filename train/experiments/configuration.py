@@ -16,7 +16,7 @@
     scale     {...}: what the paper used, where the file does not (may be missing)
     notes     [...]: lines below the table (may be missing)
 
-An experiment of benchmarks has, instead of all but title, about and notes, what benchmarks.py says.
+An experiment of benchmarks has, instead of all but title, about and notes, what measured.py says.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def _start(run: Run, state: State, folder: Path, slot: int, where: Place) -> Chi
         stderr=subprocess.STDOUT,
         env=os.environ | where.environment(slot) | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # Ctrl-C is for this process, which then tells the others
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
     _say(run, f"{verb}; its output is in {folder / LOG}")
     now = time.monotonic()
@@ -187,7 +187,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: be told to stop when the parent is killed, which cannot do so itself then."""
     assert _LIBC is not None
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
