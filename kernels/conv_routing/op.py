@@ -1,13 +1,19 @@
-"""Convolutional routing: argument checks and the public function `conv_routing`."""
+"""Convolutional routing as torch.library operations with autograd, and the public function
+`conv_routing`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import full_precision
-from . import reference
+from ..launch import accumulation_dtype, full_precision, implementation
+from ..library import Operation
+from ..routing.op import backward_flops, forward_flops
+from . import chunked, reference
+from .windows import Windows
 
 
 def conv_routing(
@@ -42,7 +48,10 @@ def conv_routing(
         padding: positions added at each of the four sides, at least 0; one integer for y and x.
         iterations, method, routing_grad: as in `routing`.
         bias: added to the weighted sum before squash [J, D], or None.
-        backend: "reference" is eager PyTorch with all windows and votes in memory.
+        backend: None chooses; "reference" is eager PyTorch with all windows and votes in memory;
+            "chunked" is PyTorch with those of a few positions in memory at a time. Forward-mode
+            differentiation, torch.jit.trace and ONNX export take "reference" alone, and then None
+            chooses it.
     Returns: output capsules [B, H', W', J, D], length of each in [0, 1);
         H' = (H + 2 padding - kh) // stride + 1, and W' alike.
     Raises: ValueError if a shape, dtype, device or option does not fit; the message says which.
@@ -50,19 +59,32 @@ def conv_routing(
         `routing` for the routing.
     """
     stride, padding = _check(u, W, stride, padding, iterations, method, routing_grad, bias)
-    checks.choice("backend", backend, (None, "reference"))
-    dtype = torch.promote_types(u.dtype, W.dtype)
-    with full_precision(u):
-        return reference.conv_routing(
-            u.to(dtype),
-            W.to(dtype),
-            stride=stride,
-            padding=padding,
-            iterations=iterations,
-            method=method,
-            routing_grad=routing_grad,
-            bias=None if bias is None else bias.to(dtype),
+    chosen = _implementation(u, backend)
+    if chosen == "reference":
+        dtype = torch.promote_types(u.dtype, W.dtype)
+        with full_precision(u):
+            return reference.conv_routing(
+                u.to(dtype),
+                W.to(dtype),
+                stride=stride,
+                padding=padding,
+                iterations=iterations,
+                method=method,
+                routing_grad=routing_grad,
+                bias=None if bias is None else bias.to(dtype),
+            )
+    options = *stride, *padding, iterations, method, routing_grad, chosen
+    return conv_routing_forward(u, W, bias, *options)[0]
+
+
+def _implementation(u: Tensor, backend: str | None) -> str:
+    """What runs a call: without Triton kernels as yet, the chunked form also on a GPU."""
+    if backend == "triton":
+        raise ValueError(
+            'conv_routing has no backend="triton" yet: use backend=None, which runs on GPUs too'
         )
+    chosen = implementation(u, backend, eager="chunked")
+    return "chunked" if chosen == "triton" else chosen
 
 
 def _check(
@@ -97,3 +119,129 @@ def _check(
                 f"padding {list(paddings)}: use a smaller kernel or more padding"
             )
     return strides, paddings
+
+
+def _forward(
+    u: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    sy: int,
+    sx: int,
+    py: int,
+    px: int,
+    iterations: int,
+    method: str,
+    routing_grad: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """v [B, H', W', J, D], and the sums of every iteration [R, J, D, H', W', B].
+
+    Given sy, sx, the stride, and py, px, the padding.
+    """
+    with full_precision(u):
+        return chunked.forward(u, W, bias, (sy, sx, py, px), iterations, method)
+
+
+def _forward_fake(
+    u: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    sy: int,
+    sx: int,
+    py: int,
+    px: int,
+    iterations: int,
+    method: str,
+    routing_grad: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    B, (J, D) = u.shape[0], W.shape[4:]
+    height, width = Windows.of(u, W, (sy, sx, py, px)).output
+    return (
+        u.new_empty(B, height, width, J, D, dtype=torch.promote_types(u.dtype, W.dtype)),
+        u.new_empty(iterations, J, D, height, width, B, dtype=accumulation_dtype(u, W)),
+    )
+
+
+def _backward(
+    grad_v: Tensor,
+    u: Tensor,
+    W: Tensor,
+    sums: Tensor,
+    sy: int,
+    sx: int,
+    py: int,
+    px: int,
+    method: str,
+    routing_grad: str,
+    with_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du [B, H, Wd, N, K], dW [kh, kw, N, K, J, D], and dbias [J, D] or without bias [0]."""
+    with full_precision(u):
+        steps = sy, sx, py, px
+        return chunked.backward(grad_v, u, W, sums, steps, method, routing_grad, with_bias)
+
+
+def _backward_fake(
+    grad_v: Tensor,
+    u: Tensor,
+    W: Tensor,
+    sums: Tensor,
+    sy: int,
+    sx: int,
+    py: int,
+    px: int,
+    method: str,
+    routing_grad: str,
+    with_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = sums.new_empty(W.shape[4:] if with_bias else 0)
+    return u.new_empty(u.shape), W.new_empty(W.shape), dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, W, bias, *ctx.steps, _, ctx.method, ctx.routing_grad, ctx.backend = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, W, output[1])
+
+
+def _gradients(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_v is None:
+        return (None,) * 11
+    with_bias = ctx.bias_dtype is not None
+    options = *ctx.steps, ctx.method, ctx.routing_grad, with_bias, ctx.backend
+    du, dW, dbias = conv_routing_backward(grad_v, *ctx.saved_tensors, *options)
+    return du, dW, dbias.to(ctx.bias_dtype) if with_bias else None, *(None,) * 8
+
+
+def _flat(u: Tensor, W: Tensor, *steps: int) -> tuple[Tensor, Tensor]:
+    """What `routing` counts for all windows: u [B H' W', 0] and W [kh kw N, K, J, D]."""
+    height, width = Windows.of(u, W, steps).output
+    return u.new_empty(len(u) * height * width, 0, device="meta"), W.flatten(0, 2)
+
+
+def _forward_flops(u: Tensor, W: Tensor, bias: Any, *options: Any) -> int:
+    return forward_flops(*_flat(u, W, *options[:4]), options[4])
+
+
+def _backward_flops(dv: Tensor, u: Tensor, W: Tensor, sums: Tensor, *options: Any) -> int:
+    return backward_flops(*_flat(u, W, *options[:4]), len(sums), options[5])
+
+
+conv_routing_forward = Operation(
+    "conv_routing_forward",
+    _forward,
+    _forward_fake,
+    batched=1,
+    layout=lambda args, output: (0, 5),  # of the sums the batch is last
+    flops=_forward_flops,
+)
+conv_routing_backward = Operation(
+    "conv_routing_backward", _backward, _backward_fake, flops=_backward_flops
+)
+conv_routing_forward.differentiate(_gradients, _setup_context)
+conv_routing_backward.refuse_derivative()

@@ -24,6 +24,9 @@ from .workspace import workspace
 KEPT_BYTES = 32 << 20
 """Last couplings up to this size are kept for backward; larger ones are recomputed there."""
 
+LONG_ROWS = 256
+"""Samples from which on a weighted vote is added to the sum as it is made."""
+
 
 @cache
 def chunk_bytes() -> int:
@@ -103,10 +106,10 @@ def iterate(
         state = routing_state(v_all, votes.method)
         s = torch.zeros_like(s_all[0])
         for i, u_hat, _ in votes.chunks():
-            c, scratch = votes.couplings(u_hat, state), votes.scratch[: len(u_hat)]
+            c = votes.couplings(u_hat, state)
             if len(kept) and r == iterations - 1:
                 kept[i] = c
-            s += torch.mul(u_hat, c.unsqueeze(2), out=scratch).sum(0)
+            votes.add_weighted(s, u_hat, c)
         s_all.append(s + offset)
         v_all.append(squash(s_all[r]))
     return s_all, v_all
@@ -119,12 +122,13 @@ def differentiate(
     v_all: list[Tensor],
     kept: Tensor,
     routing_grad: str,
+    dW: Tensor | None = None,
 ) -> tuple[Gradients, list[Tensor]]:
     """du, dW and ds of every differentiated iteration, from dv and what `iterate` returned.
 
-    `v_all` is not needed if there are kept couplings.
+    `v_all` is not needed if there are kept couplings. A given dW [N, K, J D] grows in place.
     """
-    gradients = Gradients(votes)
+    gradients = Gradients(votes, dW)
     dstate = torch.zeros_like(dv)
     ds_all = []
     for r in reversed(range(len(s_all))):
@@ -188,6 +192,17 @@ class Votes:
             b = torch.where(m > 0, distance_scale(d.shape[1]) * d / m, 0)
         return torch.softmax(b, 1, out=self.c[:n])
 
+    def add_weighted(self, s: Tensor, u_hat: Tensor, c: Tensor) -> None:
+        """s [J, D, B] grows by the sum of c [n, J, B] times votes [n, J, D, B].
+
+        Rows that are long are added one capsule at a time, which passes over the votes once.
+        """
+        if s.shape[2] >= LONG_ROWS:
+            for u_hat_i, c_i in zip(u_hat, c.unsqueeze(2), strict=True):
+                s.addcmul_(u_hat_i, c_i)
+        else:
+            s += torch.mul(u_hat, c.unsqueeze(2), out=self.scratch[: len(u_hat)]).sum(0)
+
     def shorten(self, u_hat: Tensor, i: slice) -> Tensor:
         """Shortens votes to the length of their capsule; returns the factors [n, J, B] <= 1."""
         length = norm(self.u[i], 1)  # [n, 1, B]
@@ -210,11 +225,12 @@ class Votes:
 class Gradients:
     """du and dW in the accumulation dtype, gathered over iterations and chunks."""
 
-    def __init__(self, votes: Votes):
+    def __init__(self, votes: Votes, W: Tensor | None = None):
         self.votes = votes
         self.u = torch.empty_like(votes.u)
-        self.W = torch.empty_like(votes.W)
+        self.W = torch.empty_like(votes.W) if W is None else W
         self.beta = 0  # of what stands there, in the first pass nothing
+        self.beta_W = 0 if W is None else 1
 
     def add_uniform(self, ds: Tensor) -> None:
         """Iteration 1: every coupling is 1 / J."""
@@ -222,7 +238,7 @@ class Gradients:
         if votes.method == "rba":
             u, W, g = votes.u.flatten(0, 1), votes.W.flatten(0, 1), g.flatten(0, 1)
             self.u.flatten(0, 1).addmm_(W, g, beta=self.beta)
-            self.W.flatten(0, 1).addmm_(u, g.T, beta=self.beta)
+            self.W.flatten(0, 1).addmm_(u, g.T, beta=self.beta_W)
             return
         for i, u_hat, factor in votes.chunks():
             self.add(i, g.expand_as(u_hat), u_hat, factor)
@@ -258,7 +274,7 @@ class Gradients:
                 g += to_vote
                 dstate -= to_vote.sum(0)
             self.add(i, g, u_hat, factor)
-        self.beta = 1
+        self.beta = self.beta_W = 1
         return dstate
 
     def add(
@@ -274,7 +290,7 @@ class Gradients:
                 2
             )
         self.u[i].baddbmm_(W, g.flatten(1, 2), beta=self.beta)
-        self.W[i].baddbmm_(u, g.flatten(1, 2).mT, beta=self.beta)
+        self.W[i].baddbmm_(u, g.flatten(1, 2).mT, beta=self.beta_W)
         if u_hat is not None and factor is not None:
             direction = u / length.where(length > 0, 1)
             self.u[i] += direction * along.sum(1, keepdim=True)
