@@ -26,6 +26,7 @@ from torch import nn
 
 from mocapsnet import Preprocessing
 from mocapsnet.train import data
+from mocapsnet.train.options import DataOptions
 
 from .shared import measure, report
 from .shared.candidates import CANDIDATES, STYLES, batch_of, check, network_results, training_step
@@ -123,9 +124,9 @@ def pipeline(args: argparse.Namespace) -> float:
     train_set = data.ImageSet(images, labels.to(args.device))
 
     def epoch() -> None:
-        order, offsets = (t.to(args.device) for t in data.epoch_order(count, 2, 0, 0))
-        for share, crop in zip(order.split(args.batch), offsets.split(args.batch), strict=True):
-            data.training_batch(train_set, share, crop, 2, Preprocessing())
+        views = data.epoch_views(count, DataOptions(pad=2), 0, 0).to(args.device)
+        for batch in views.split(args.batch):
+            Preprocessing()(data.view(train_set, batch, 2))
 
     seconds = measure.interleaved({"epoch": epoch}, args.repetitions, args.device)["epoch"]
     return count / measure.quartiles(seconds)[1]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .conv_layers import ConvCapsuleLayer, output_size
@@ -140,6 +141,12 @@ class ConvMoCapsNetConfig:
     def grids(self) -> list[tuple[int, int]]:
         """Height and width of the grid of the primary capsules, and of every stage."""
         return self._grids(self.features[1:])
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the network's parameters together; nothing is allocated for it."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in ConvMoCapsNet(**vars(self)).parameters())
 
     @property
     def stem_numbers(self) -> int:

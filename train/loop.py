@@ -36,6 +36,7 @@ from mocapsnet.train.prepare import (
     make_criterion,
     make_repeatable,
     network_config,
+    settled,
 )
 from mocapsnet.train.trainer import Trainer
 
@@ -61,6 +62,7 @@ def train(options: TrainOptions) -> Path:
         train_set, test_set = load_data(options.data, accelerator, options.optim.seed)
         if not new:
             run_folder.check_images(run, train_set)
+        options = settled(options, train_set)
         _check_fit(options, train_set, accelerator)
         model = build(options, train_set)
         if new:
@@ -108,11 +110,11 @@ def _train(
     batch_size, epochs = options.optim.batch_size, options.optim.epochs
     target = options.optim.reconstruction_target
     steps_per_epoch = -(-len(train_set) // batch_size)
-    optimizer, schedule = build_optimizer(
+    optimizer, schedules = build_optimizer(
         options.optim, bare_model.parameters(), epochs * steps_per_epoch
     )
     model, optimizer = accelerator.prepare(bare_model, optimizer)
-    state = checkpoints.State(bare_model, optimizer, schedule)
+    state = checkpoints.State(bare_model, optimizer, schedules.epoch or schedules.step)
     found = checkpoints.latest(run)
     if found is not None:
         checkpoint, epochs_done = found
@@ -134,7 +136,14 @@ def _train(
 
     criterion = make_criterion(options)
     trainer = Trainer(
-        accelerator, model, criterion, optimizer, train_set, bare_model.preprocessing, options
+        accelerator,
+        model,
+        criterion,
+        optimizer,
+        train_set,
+        bare_model.preprocessing,
+        options,
+        schedules.step,
     )
     if log is not None and epochs_done == 0:
         start.write(run, trainer, bare_model)
@@ -145,8 +154,8 @@ def _train(
         with terminate_as_interrupt():
             for epoch in range(epochs_done, epochs):
                 row = trainer.epoch(epoch, f"last good checkpoint: {checkpoint}")
-                if schedule is not None:
-                    schedule.step()
+                if schedules.epoch is not None:
+                    schedules.epoch.step()
                 tested = evaluate(accelerator, bare_model, criterion, test_set, batch_size, target)
                 row |= tested.row()
                 _check_finite(bare_model, tested, row, checkpoint)

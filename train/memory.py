@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mocapsnet import CapsNetConfig
+from mocapsnet import CapsNetConfig, ConvMoCapsNetConfig
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import OptimOptions
 
@@ -17,7 +17,10 @@ KEPT = {"adam": 2 + 2, "ranger21": 2 + 5}
 
 
 def check_fit(
-    config: CapsNetConfig, options: OptimOptions, images: int, device: torch.device
+    config: CapsNetConfig | ConvMoCapsNetConfig,
+    options: OptimOptions,
+    images: int,
+    device: torch.device,
 ) -> None:
     """Refuse sizes that cannot fit; what fits by this count may still not, as it is the least.
 
@@ -43,8 +46,10 @@ def check_fit(
     )
 
 
-def feature_numbers(config: CapsNetConfig) -> int:
-    """What both convolutions make of an image, all of which the backward pass needs."""
+def feature_numbers(config: CapsNetConfig | ConvMoCapsNetConfig) -> int:
+    """What the convolutions make of an image at least, all of which the backward pass needs."""
+    if isinstance(config, ConvMoCapsNetConfig):
+        return config.stem_numbers
     height, width = (size - config.kernel_size + 1 for size in config.image_shape[1:])
     return config.channels * (height * width + math.prod(config.feature_size))
 

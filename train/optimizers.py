@@ -1,22 +1,33 @@
-"""Adam with exponential decay, and Ranger21, each with the learning rate it is using."""
+"""Adam with exponential or cosine decay, and Ranger21, each with the learning rate it is using."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from torch import nn
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler
 
 from mocapsnet.train.options import OptimOptions
 
 DECAY_PER_EPOCH = 0.96
+WARM_UP = 0.05
+"""Share of a run's steps over which the cosine schedule rises."""
+
+
+class Schedules(NamedTuple):
+    """Of the learning rate: to step once per epoch, or with every step, or none."""
+
+    epoch: LRScheduler | None = None
+    step: LRScheduler | None = None
 
 
 def build_optimizer(
     options: OptimOptions, parameters: Iterable[nn.Parameter], steps: int
-) -> tuple[Optimizer, ExponentialLR | None]:
-    """The optimiser, and the schedule to step once per epoch if there is one.
+) -> tuple[Optimizer, Schedules]:
+    """The optimiser, and the schedule of its learning rate.
 
     Args:
         options: resolved options.
@@ -27,8 +38,15 @@ def build_optimizer(
             the warm-down ends, or does not get there. It gets no schedule besides its own.
     """
     if options.optimizer == "adam":
-        adam = Adam(parameters, lr=options.lr)
-        return adam, ExponentialLR(adam, gamma=DECAY_PER_EPOCH)
+        adam = Adam(
+            parameters,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            decoupled_weight_decay=True,
+        )
+        if options.schedule == "cosine":
+            return adam, Schedules(step=LambdaLR(adam, cosine(steps)))
+        return adam, Schedules(epoch=ExponentialLR(adam, gamma=DECAY_PER_EPOCH))
     from pytorch_optimizer import Ranger21
 
     # min(): its warm-down ends at 3e-5 whatever lr is, and would rise for a smaller lr.
@@ -37,7 +55,24 @@ def build_optimizer(
         steps = options.epochs * options.planned_steps
     return Ranger21(
         parameters, num_iterations=steps, lr=options.lr, warm_down_min_lr=warm_down_min_lr
-    ), None
+    ), Schedules()
+
+
+def cosine(steps: int) -> Callable[[int], float]:
+    """What the learning rate is multiplied by in each of so many steps: it rises evenly over the
+    first WARM_UP of them, then falls by half a cosine, to zero after the last.
+
+    Source: Loshchilov and Hutter 2017, "SGDR", without restarts.
+    """
+    warm = max(1, round(WARM_UP * steps))
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        done = min(1, (step - warm) / max(1, steps - warm))
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
 
 
 def current_lr(optimizer: Optimizer) -> float:

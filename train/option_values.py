@@ -19,6 +19,7 @@ from mocapsnet.train import recipes
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import (
     PRESETS,
+    ConvOptions,
     DataOptions,
     MachineOptions,
     ModelOptions,
@@ -45,9 +46,25 @@ PUBLISHED_PIXELS = {"mnist": (0.1307, 0.3081)}
 # Options that a network without momentum has no use for.
 MOMENTUM = ["model.gamma", "model.velocity", "model.memory", "model.anchor_every"]
 
+CONV = "conv-mocapsnet"
+
+# Options of the dense networks that the convolutional one has not.
+DENSE = "channels kernel_size stride grouping sda_mean sda_scale bias init skip".split()
+
+# Left to the images, where a convolutional network's options are None; see `prepare.settled`.
+SETTLED = [
+    "model.capsules",
+    "model.capsule_dim",
+    *(f"conv.{f.name}" for f in dataclasses.fields(ConvOptions)),
+]
+
+# What the dense networks have where `PRESETS` have nothing.
+DENSE_SIZES: dict[str, Any] = {"capsules": 32, "capsule_dim": 8, "decoder": (512, 1024)}
+
 _GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
+    "conv": ConvOptions,
     "optim": OptimOptions,
     "machine": MachineOptions,
 }
@@ -74,9 +91,15 @@ def resolve(options: TrainOptions) -> TrainOptions:
     if data.normalisation == "fixed" and data.pixel_mean is None and data.pixel_std is None:
         mean, std = PUBLISHED_PIXELS.get(data.dataset, (0.5, 0.5))
         data = dataclasses.replace(data, pixel_mean=(mean,), pixel_std=(std,))
-    options = dataclasses.replace(
-        options, data=data, model=fill(options.model), optim=fill(options.optim)
-    )
+    model, optim = options.model, fill(options.optim)
+    if model.name != CONV:
+        model = fill(model)
+        missing = {k: v for k, v in DENSE_SIZES.items() if getattr(model, k) is None}
+        model = dataclasses.replace(model, **missing)
+    if optim.schedule is None and optim.optimizer == "adam":
+        schedule = "cosine" if model.name == CONV else "exponential"
+        optim = dataclasses.replace(optim, schedule=schedule)
+    options = dataclasses.replace(options, data=data, model=model, optim=optim)
     _check_ranges(options)
     _check_use(options)
     preprocessing(options.data)
@@ -98,7 +121,7 @@ def _check_ranges(options: TrainOptions) -> None:
         if values[name] is not None and not 0 < values[name] < math.inf:
             raise InputError(f"{flag(name)} must be greater than 0, got {values[name]}")
     seeds = ["optim.seed", "data.split_seed"]
-    for name in ["data.pad", "optim.reconstruction_weight", *seeds]:
+    for name in ["data.pad", "optim.reconstruction_weight", "optim.weight_decay", *seeds]:
         if not 0 <= values[name] < math.inf:
             raise InputError(f"{flag(name)} must be 0 or greater, got {values[name]}")
     for name, value in values.items():
@@ -109,6 +132,8 @@ def _check_ranges(options: TrainOptions) -> None:
     share = options.data.test_share
     if share is not None and not 0 < share < 1:
         raise InputError(f"--test-share must be between 0 and 1, got {share}")
+    if not 0 < options.data.crop_area <= 1:
+        raise InputError(f"--crop-area must be above 0 and at most 1, got {options.data.crop_area}")
     parts, batch_size = options.optim.gradient_accumulation, options.optim.batch_size
     if parts > batch_size:
         raise InputError(
@@ -132,12 +157,13 @@ def _check_use(options: TrainOptions) -> None:
             f"is for --dataset folder; {options.data.dataset} has images of one size and a test "
             "set of its own",
         )
-    if options.model.name != "mocapsnet":
+    name = options.model.name
+    if name not in ("mocapsnet", CONV):
         refuse(
             MOMENTUM,
-            f"is for --model mocapsnet; {options.model.name} has no momentum",
+            f"is for --model mocapsnet; {name} has no momentum",
         )
-    if options.model.name == "cnn":
+    if name == "cnn":
         model = "grouping iterations method routing_grad sda_mean sda_scale bias init skip"
         optim = "reconstruction_weight reconstruction_target decoder_mask"
         refuse(
@@ -148,6 +174,24 @@ def _check_use(options: TrainOptions) -> None:
             ],
             "is for networks of capsules; cnn has no routing and no decoder",
         )
+    if name == CONV:
+        refuse([f"model.{n}" for n in DENSE], f"is for the dense networks; {CONV} has it not")
+        own, other = ["stem", "stem_stride", "stem_blocks"], ["backbone_stage"]
+        if options.conv.backbone is not None:
+            refuse([f"conv.{n}" for n in own], "is for the stem that --backbone replaces")
+        else:
+            refuse([f"conv.{n}" for n in other], "is for --backbone")
+        if options.model.decoder is None:
+            decoding = ("reconstruction_weight", "reconstruction_target", "decoder_mask")
+            refuse([f"optim.{n}" for n in decoding], "needs --decoder, of which there is none")
+    else:
+        fields = dataclasses.fields(ConvOptions)
+        refuse([f"conv.{f.name}" for f in fields], f"is for --model {CONV}")
+    if options.data.crop == "padded":
+        refuse(["data.crop_area"], "is for --crop resized")
+    if options.optim.optimizer != "adam":
+        names = ["optim.schedule", "optim.weight_decay"]
+        refuse(names, f"is for --optimizer adam; {options.optim.optimizer} has its own")
     if options.model.method != "sda":
         refuse(["model.sda_scale"], "is for --method sda")
     if options.optim.optimizer != "ranger21":
@@ -186,6 +230,11 @@ def arguments(values: dict[str, Any]) -> list[str]:
     return words
 
 
+def planned(options: OptimOptions) -> bool:
+    """Whether the learning rate is planned over all epochs, so that a run cannot go on longer."""
+    return options.optimizer == "ranger21" or options.schedule == "cosine"
+
+
 def check_continuation(saved: TrainOptions, asked: TrainOptions) -> None:
     """Raises: InputError if `asked` would make another run of the one that was saved."""
     new = flat(asked)
@@ -197,9 +246,10 @@ def check_continuation(saved: TrainOptions, asked: TrainOptions) -> None:
                 f"{flag(name)} {new[name]} does not go with --resume: the run has {value}. "
                 f"Only {', '.join(flag(n) for n in sorted(RESUMABLE - {'resume'}))} may change"
             )
-        if name == "optim.epochs" and saved.optim.optimizer == "ranger21":
+        if name == "optim.epochs" and planned(saved.optim):
+            who = "ranger21" if saved.optim.optimizer == "ranger21" else "--schedule cosine"
             raise InputError(
-                f"--epochs {new[name]}: ranger21 plans its learning rate over the run's {value} "
+                f"--epochs {new[name]}: {who} plans its learning rate over the run's {value} "
                 "epochs, so this run cannot be made longer or shorter; start a new one"
             )
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, Suppress, arg
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "folder"]
-ModelName = Literal["mocapsnet", "rescapsnet", "capsnet", "cnn"]
+ModelName = Literal["mocapsnet", "rescapsnet", "capsnet", "conv-mocapsnet", "cnn"]
 RecipeName = Literal["published"]
+PresetName = Literal["8x8", "32x32", "64x64", "224x224"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ def preset(text: str) -> Any:
     return arg(help=text, help_behavior_hint=f"(default: {hint})", metavar="INT")
 
 
+def sizes(text: str, dense: int) -> Any:
+    """A help string for an option whose default is this, or that of `ConvOptions.preset`."""
+    hint = f"(default: {dense}, conv-mocapsnet by its preset)"
+    return arg(help=text, help_behavior_hint=hint, metavar="INT")
+
+
 # None until `resolve` has put the preset in; for the type checker always an integer.
 if TYPE_CHECKING:
     Size = int
@@ -86,6 +93,16 @@ class DataOptions:
     the published code, mnist 0.1307, others 0.5)."""
     pixel_std: tuple[float, ...] | None = None
     """With --normalisation fixed, the deviation (None: mnist 0.3081, others 0.5)."""
+    crop: Literal["padded", "resized"] = "padded"
+    """Training images are padded and cropped at their size, or a random part of each is enlarged to
+    its size, for photographs."""
+    crop_area: float = 0.25
+    """With --crop resized, the least share of an image that is seen."""
+    flip: bool = False
+    """Mirror every other training image, left to right."""
+    mix: Literal["none", "cutmix", "mixup", "both"] = "none"
+    """Mix every training image with another of its batch: a rectangle of one on the other (cutmix),
+    one shining through the other (mixup), or by turns. Classes count by the share that is seen."""
     test_crop: Literal["centre", "random"] = "centre"
     """Test images as they are, or each cropped at random as in training, drawn from --seed: another
     seed tests other crops."""
@@ -108,15 +125,16 @@ class ModelOptions:
     """The network."""
 
     name: Annotated[ModelName, arg(name="model")] = "mocapsnet"
-    """Momentum blocks, residual blocks, or a plain stack of capsule layers. Or, to compare with,
-    cnn: the same convolutions and a dense layer, of as many parameters as mocapsnet has with the
-    same options, trained with cross-entropy."""
+    """Momentum blocks, residual blocks, or a plain stack of capsule layers; conv-mocapsnet has
+    momentum blocks of convolutional capsule layers behind a residual stem, for natural images. Or,
+    to compare with, cnn: the same convolutions and a dense layer, of as many parameters as
+    mocapsnet has with the same options, trained with cross-entropy."""
     blocks: int = 1
-    """Blocks of two capsule layers each."""
-    capsules: int = 32
-    """Capsules per hidden layer."""
-    capsule_dim: int = 8
-    """Dimensions of a hidden capsule."""
+    """Blocks of two capsule layers each; in every stage of conv-mocapsnet."""
+    capsules: Annotated[Size, sizes("Capsules per hidden layer, at every place of a grid.", 32)] = (
+        FROM_PRESET
+    )
+    capsule_dim: Annotated[Size, sizes("Dimensions of a hidden capsule.", 8)] = FROM_PRESET
     class_dim: int = 16
     """Dimensions of a class capsule."""
     channels: Annotated[Size, preset("channels: Channels of the two convolutions.")] = FROM_PRESET
@@ -154,8 +172,36 @@ class ModelOptions:
     """Recompute the blocks' activations in the backward pass, or store them."""
     anchor_every: int | None = None
     """With reversible memory, store the activations of every so many layers (None: chosen)."""
-    decoder: tuple[int, ...] = (512, 1024)
-    """Widths of the decoder's hidden layers."""
+    decoder: Annotated[
+        tuple[int, ...] | None,
+        arg(
+            help="Widths of the decoder's hidden layers.",
+            help_behavior_hint="(default: 512 1024, conv-mocapsnet no decoder)",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ConvOptions:
+    """For --model conv-mocapsnet; what is not given is taken from --preset."""
+
+    preset: PresetName | None = None
+    """Sizes that suit images of so many pixels (None: the nearest to the images)."""
+    stem: tuple[int, ...] | None = None
+    """Channels of the stem's stages of residual blocks; each but the first halves the image."""
+    stem_stride: int | None = None
+    """Stride of the stem's first convolution."""
+    stem_blocks: int | None = None
+    """Residual blocks in every stage of the stem."""
+    backbone: Literal["resnet18", "resnet34", "resnet50"] | None = None
+    """Instead of the stem a network of torchvision, with random weights, normalised within each
+    sample."""
+    backbone_stage: int | None = None
+    """Its last stage used, 1 to 4; stage n divides the image by 2^(n + 1)."""
+    stage_strides: tuple[int, ...] | None = None
+    """A stage of momentum blocks for each; one with stride 2 begins by halving the grid."""
+    window: int | None = None
+    """Height and width of the windows of convolutional capsule layers."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +209,17 @@ class OptimOptions:
     """Optimisation."""
 
     optimizer: Literal["adam", "ranger21"] = "adam"
-    """adam with lr x 0.96 after each epoch, or ranger21 with its own warm-up and warm-down."""
+    """adam, or ranger21 with its own warm-up and warm-down of the learning rate."""
+    schedule: Literal["exponential", "cosine"] | None = None
+    """adam's learning rate: x 0.96 after each epoch, or risen over the first 5 % of all steps and
+    then lowered to zero by half a cosine (None: cosine for conv-mocapsnet, else exponential)."""
+    weight_decay: float = 0.0
+    """Share of the weights, times the learning rate, that adam takes off in each step (AdamW)."""
     planned_steps: int | None = None
     """Steps an epoch for which ranger21 plans warm-up and warm-down (None: those that there are;
     the published code takes the batch size)."""
     lr: float = 1e-3
-    """Learning rate at the start (adam) or at the peak (ranger21)."""
+    """Learning rate at the start (exponential) or at the peak (cosine, ranger21)."""
     epochs: Annotated[Size, preset("epochs: Passes through the training images.")] = FROM_PRESET
     batch_size: Annotated[
         Size,
@@ -195,7 +246,7 @@ class MachineOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is one, else the CPU."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: the two convolutions in bfloat16, all else in float32."""
+    """bf16: the convolutions in bfloat16, all else in float32."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +255,7 @@ class TrainOptions:
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    conv: ConvOptions = field(default_factory=ConvOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     recipe: RecipeName | None = None

@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from mocapsnet import CapsNet, CapsNetConfig, CapsuleLoss, CNNLoss, build_model
+from mocapsnet import (
+    CapsNet,
+    CapsNetConfig,
+    CapsuleLoss,
+    CNNLoss,
+    ConvMoCapsNetConfig,
+    build_model,
+)
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
-from mocapsnet.train.option_values import preprocessing
+from mocapsnet.train.option_values import CONV, DENSE, preprocessing
 from mocapsnet.train.options import DataOptions, MachineOptions, TrainOptions
 
 
@@ -84,14 +92,35 @@ def load_data(
     return train_set.to(device), test_set.to(device)
 
 
-def network_config(options: TrainOptions, images: data.ImageSet) -> CapsNetConfig:
+def settled(options: TrainOptions, images: data.ImageSet) -> TrainOptions:
+    """Resolved options with what depends on the images, the preset of a convolutional network.
+
+    Raises: InputError if the sizes do not fit.
+    """
+    if options.model.name != CONV:
+        return options
+    config = network_config(options, images)
+    assert isinstance(config, ConvMoCapsNetConfig)
+    unused = (
+        {"backbone_stage"} if config.backbone is None else {"stem", "stem_stride", "stem_blocks"}
+    )
+
+    def fill(group: Any) -> Any:
+        fields = {f.name for f in dataclasses.fields(group)} - unused
+        known = {f.name for f in dataclasses.fields(config)}
+        return dataclasses.replace(group, **{n: getattr(config, n) for n in fields & known})
+
+    return dataclasses.replace(options, model=fill(options.model), conv=fill(options.conv))
+
+
+def network_config(
+    options: TrainOptions, images: data.ImageSet
+) -> CapsNetConfig | ConvMoCapsNetConfig:
     """The network that resolved options describe, for such images.
 
     Raises: InputError if the sizes do not fit.
     """
-    sizes = dataclasses.asdict(options.model)
-    del sizes["name"]
-    if options.data.pad >= min(images.image_shape[1:]):
+    if options.data.crop == "padded" and options.data.pad >= min(images.image_shape[1:]):
         _, H, W = images.image_shape
         raise InputError(
             f"--pad {options.data.pad} must be less than the images' size of {H} x {W} pixels, or "
@@ -103,8 +132,19 @@ def network_config(options: TrainOptions, images: data.ImageSet) -> CapsNetConfi
             f"--pixel-mean and --pixel-std have {len(given)} values; the images have {colours} "
             "channels, so give one or as many"
         )
+    sizes = dataclasses.asdict(options.model)
+    del sizes["name"]
+    shape, classes = images.image_shape, len(images.classes)
     try:
-        return CapsNetConfig(images.image_shape, len(images.classes), **sizes)
+        if options.model.name != CONV:
+            return CapsNetConfig(shape, classes, **sizes)
+        sizes = {k: v for k, v in sizes.items() if k not in DENSE} | dataclasses.asdict(
+            options.conv
+        )
+        preset = sizes.pop("preset")
+        size = None if preset is None else int(preset.split("x")[0])
+        sizes = {k: v for k, v in sizes.items() if v is not None}
+        return ConvMoCapsNetConfig.preset(shape, classes, size, **sizes)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -113,7 +153,7 @@ def build(options: TrainOptions, images: data.ImageSet) -> CapsNet:
     """The network of `network_config`. Raises: InputError if the sizes do not fit."""
     try:
         model = build_model(options.model.name, network_config(options, images))
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise InputError(str(error)) from error
     model.class_names = images.classes
     model.preprocessing = preprocessing(options.data)

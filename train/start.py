@@ -46,16 +46,11 @@ def write(run: Path, trainer: Trainer, model: CapsNet) -> None:
     """
     options, accelerator = trainer.options, trainer.accelerator
     count = len(trainer.train_set)
-    order, offsets = data.epoch_order(count, options.data.pad, options.optim.seed, 0)
+    views = data.epoch_views(count, options.data, options.optim.seed, 0)
     images = min(options.optim.batch_size, count)
     parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
-    shares = [
-        (indices.to(accelerator.device), crops.to(accelerator.device))
-        for indices, crops in zip(
-            order[:images].tensor_split(parts), offsets[:images].tensor_split(parts), strict=True
-        )
-        if len(indices)
-    ]
+    first = views.to(accelerator.device).split(images)[0]
+    shares = [part for weight, *part in trainer.shares(first, parts, 0, 0) if weight]
     weights = list(model.parameters())
     sums = torch.zeros(4, device=accelerator.device)
     gradients = [torch.zeros_like(w) for w in weights]
@@ -84,7 +79,7 @@ def write(run: Path, trainer: Trainer, model: CapsNet) -> None:
 
 
 def capsule_lengths(
-    trainer: Trainer, model: CapsNet, indices: Tensor, crops: Tensor
+    trainer: Trainer, model: CapsNet, pixels: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """Of every capsule layer: mean lengths of the capsules that enter and leave [2], summed over
     the images."""
@@ -100,7 +95,7 @@ def capsule_lengths(
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CapsuleLayer)}
     handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     try:
-        trainer.losses(model, indices, crops)
+        trainer.losses(model, pixels, labels)
     finally:
         for handle in handles:
             handle.remove()

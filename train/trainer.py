@@ -9,12 +9,14 @@ same result, but for rounding, however its batches are split.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from mocapsnet import CapsuleLoss, Preprocessing
 from mocapsnet.train import console, data
@@ -43,6 +45,8 @@ class Trainer:
     train_set: data.ImageSet
     preprocessing: Preprocessing
     options: TrainOptions
+    schedule: LRScheduler | None = None
+    """Of the learning rate, if it changes with every step."""
     clock: console.Clock = field(default_factory=console.Clock)
     steps: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
 
@@ -56,17 +60,11 @@ class Trainer:
         Raises: Diverged at the latest STEPS_PER_CHECK steps after a loss that is not finite.
         """
         accelerator, device = self.accelerator, self.accelerator.device
-        batch_size, pad = self.options.optim.batch_size, self.options.data.pad
+        batch_size = self.options.optim.batch_size
         count = len(self.train_set)
         self._seed(epoch)
-        order, offsets = data.epoch_order(count, pad, self.options.optim.seed, epoch)
-        batches = list(
-            zip(
-                order.to(device).split(batch_size),
-                offsets.to(device).split(batch_size),
-                strict=True,
-            )
-        )
+        views = data.epoch_views(count, self.options.data, self.options.optim.seed, epoch)
+        batches = views.to(device).split(batch_size)
         sums = torch.zeros(len(batches), 4, device=device)
         every = 1 if device.type == "cpu" else STEPS_PER_CHECK
         totals = torch.zeros(4, dtype=torch.float64)
@@ -81,22 +79,24 @@ class Trainer:
         )
         facts = ""
         with progress:
-            for step, (indices, crops) in enumerate(batches):
-                sums[step] = self._step(indices, crops)
-                self.clock.add(len(indices))
-                still -= len(indices)
+            for step, batch in enumerate(batches):
+                images = len(batch.indices)
+                sums[step] = self._step(batch, epoch, step)
+                self.clock.add(images)
+                still -= images
                 if (step + 1) % every == 0 or step + 1 == len(batches):
                     done = accelerator.reduce(sums[seen : step + 1], "sum").cpu().double()
                     self._stop_if_not_finite(done, epoch * len(batches) + seen, epoch, last_good)
                     totals += done.sum(0)
                     self.steps[seen : step + 1] = done
                     seen = step + 1
-                    images = min(seen * batch_size, count)
+                    done_images = min(seen * batch_size, count)
                     facts = (
-                        f"loss {totals[0] / images:.4f}, accuracy {totals[3] / images:.2%}, "
+                        f"loss {totals[0] / done_images:.4f}, "
+                        f"accuracy {totals[3] / done_images:.2%}, "
                         f"whole run {self.clock.left(still)} left"
                     )
-                progress.update(len(indices), facts)
+                progress.update(images, facts)
         seconds = time.perf_counter() - started
         means = (totals / count).tolist()
         return {
@@ -117,7 +117,7 @@ class Trainer:
         source = np.random.SeedSequence([self.options.optim.seed, epoch, process + 1])
         torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
 
-    def _step(self, indices: Tensor, crops: Tensor) -> Tensor:
+    def _step(self, batch: data.Views, epoch: int, step: int) -> Tensor:
         """One optimiser step on this process's share of a batch; returns the share's sums [4]."""
         accelerator = self.accelerator
         processes, micro_batches = (
@@ -125,42 +125,60 @@ class Trainer:
             accelerator.gradient_accumulation_steps,
         )
         sums = torch.zeros(4, device=accelerator.device)
-        shares = list(
-            zip(
-                indices.tensor_split(processes * micro_batches),
-                crops.tensor_split(processes * micro_batches),
-                strict=True,
-            )
-        )
-        for share, crop in shares[accelerator.process_index :: processes]:
-            # Every process has to take part in the exchange of gradients, so where a small last
-            # batch leaves it without images it works on one with weight zero.
-            weight = 1.0 if len(share) else 0.0
-            if not len(share):
-                share, crop = indices[:1], crops[:1]
+        own = slice(accelerator.process_index, None, processes)
+        parts_of_all = processes * micro_batches
+        for weight, pixels, labels in self.shares(batch, parts_of_all, epoch, step, own):
             with accelerator.accumulate(self.model):
-                total, parts = self.losses(self.model, share, crop)
+                total, parts = self.losses(self.model, pixels, labels)
                 # Accelerate divides by the number of micro-batches, and data parallelism averages
                 # over the processes; the gradient wanted is that of the sum.
                 accelerator.backward(total * (weight * processes * micro_batches))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             sums += weight * parts
+        if self.schedule is not None:
+            self.schedule.step()
         return sums
 
-    def losses(self, model: nn.Module, indices: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of these images, cropped there, and without gradients: total, margin and
-        reconstruction loss and correct predictions, all summed over the images [4]."""
+    def losses(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of these images, and without gradients: total, margin and reconstruction loss
+        and correct predictions, all summed over the images [4]."""
         optim = self.options.optim
-        images, pixels, labels = data.training_batch(
-            self.train_set, indices, crops, self.options.data.pad, self.preprocessing
-        )
+        images = self.preprocessing(pixels)
         out = model(images, labels if optim.decoder_mask == "label" else None)
         target = pixels if optim.reconstruction_target == "pixels" else images
         loss = self.criterion(out, target, labels)
-        correct = (out.lengths.argmax(1) == labels).sum()
+        largest = labels if labels.dim() == 1 else labels.argmax(1)  # of a mixture
+        correct = (out.lengths.argmax(1) == largest).sum()
         parts = [loss.total, loss.margin, loss.reconstruction, correct]
         return loss.total, torch.stack([part.detach().float() for part in parts])
+
+    def shares(
+        self, batch: data.Views, count: int, epoch: int, step: int, which: slice = slice(None)
+    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Weight, pixels and labels of some of the shares of a batch that is split into `count`.
+
+        Every process has to take part in the exchange of gradients, so where a small last batch
+        leaves it without images it works on one with weight zero. Images are mixed before the batch
+        is split, so that mixtures do not depend on how it is.
+        """
+        options, labels = self.options.data, self.train_set.labels
+        if options.mix == "none":
+            for share in batch.shares(count)[which]:
+                weight = 1.0 if len(share.indices) else 0.0
+                share = share if weight else batch.first()
+                pixels = data.view(self.train_set, share, options.pad)
+                yield weight, pixels, labels[share.indices]
+            return
+        pixels = data.view(self.train_set, batch, options.pad)
+        classes, seed = len(self.train_set.classes), self.options.optim.seed
+        pixels, present = data.mixed(
+            pixels, labels[batch.indices], classes, options.mix, seed, epoch, step
+        )
+        parts = list(zip(pixels.tensor_split(count), present.tensor_split(count), strict=True))
+        for part in parts[which]:
+            weight = 1.0 if len(part[0]) else 0.0
+            yield weight, *(part if weight else (pixels[:1], present[:1]))
 
     def _stop_if_not_finite(self, sums: Tensor, first: int, epoch: int, last_good: str) -> None:
         bad = (~sums.isfinite().all(1)).nonzero().flatten()

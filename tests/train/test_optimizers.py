@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -23,20 +24,69 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, k: int) -> None:
 
 
 def test_adam_decays_once_per_epoch() -> None:
-    optimizer, schedule = build_optimizer(OptimOptions(lr=1e-3), nn.Linear(5, 3).parameters(), 10)
-    assert schedule is not None
+    optimizer, schedules = build_optimizer(OptimOptions(lr=1e-3), nn.Linear(5, 3).parameters(), 10)
+    assert schedules.epoch is not None and schedules.step is None
     for epoch in range(4):
         assert current_lr(optimizer) == pytest.approx(1e-3 * 0.96**epoch, rel=1e-12)
         optimizer.step()
+        schedules.epoch.step()
+
+
+def test_the_cosine_rises_then_falls_to_zero() -> None:
+    options = OptimOptions(lr=1e-2, schedule="cosine")
+    optimizer, schedules = build_optimizer(options, nn.Linear(5, 3).parameters(), 200)
+    assert schedules.step is not None and schedules.epoch is None
+    rates = []
+    for _ in range(200):
+        rates.append(current_lr(optimizer))
+        optimizer.step()
+        schedules.step.step()
+    assert rates[:10] == pytest.approx([1e-2 * (k + 1) / 11 for k in range(10)])
+    assert rates[10] == max(rates) == 1e-2
+    assert rates[105] == pytest.approx(1e-2 / 2)  # half way down
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 1e-5
+    assert current_lr(optimizer) == 0
+
+
+def test_a_schedule_goes_on_where_it_was() -> None:
+    options = OptimOptions(lr=1e-2, schedule="cosine")
+
+    def begin() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer, schedules = build_optimizer(options, nn.Linear(5, 3).parameters(), 50)
+        assert schedules.step is not None
+        return optimizer, schedules.step
+
+    (optimizer, schedule), (other, resumed) = begin(), begin()
+    for k in range(50):
+        if k == 20:  # as a checkpoint does
+            other.load_state_dict(optimizer.state_dict())
+            resumed.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+        if k >= 20:
+            assert current_lr(other) == current_lr(optimizer)
+            other.step()
+            resumed.step()
+        optimizer.step()
         schedule.step()
+
+
+def test_weight_decay_is_that_of_adamw() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    other = copy.deepcopy(model)
+    optimizer, _ = build_optimizer(OptimOptions(weight_decay=0.1), model.parameters(), 10)
+    adamw = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.1)
+    for k in range(3):
+        step(model, optimizer, k)
+        step(other, adamw, k)
+    assert_equal_nested(model.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("lr", [1e-2, 1e-5], ids=["above its least rate", "below"])
 def test_ranger21_follows_the_true_number_of_steps(lr: float) -> None:
     model = nn.Linear(5, 3)
     options = OptimOptions(optimizer="ranger21", lr=lr)
-    optimizer, schedule = build_optimizer(options, model.parameters(), steps=100)
-    assert schedule is None
+    optimizer, schedules = build_optimizer(options, model.parameters(), steps=100)
+    assert schedules == (None, None)
     rates = []
     for k in range(100):
         step(model, optimizer, k)

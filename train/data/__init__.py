@@ -4,6 +4,7 @@
     builtin.py      the data sets with a name: the embedded digits, MNIST, SVHN, CIFAR, ...
     folder.py       any folder of images, decoded by decode.py and kept by cache.py
     transforms.py   crops, and the order of an epoch
+    augment.py      the views of an epoch: crops, flips; mixtures of images
 
 Pixels and their normalisation are those of prediction, `mocapsnet.preprocessing`.
 
@@ -12,23 +13,27 @@ Readers return whole data sets; nothing in a training step touches an image one 
 
 from mocapsnet.preprocessing import normalise, to_pixels
 from mocapsnet.train.data import builtin, folder
+from mocapsnet.train.data.augment import Views, epoch_views, mixed, view
 from mocapsnet.train.data.builtin import FILES, SHAPES
 from mocapsnet.train.data.image_set import ImageSet, image_set
-from mocapsnet.train.data.transforms import epoch_order, random_crop, test_offsets, training_batch
+from mocapsnet.train.data.transforms import epoch_order, random_crop, test_offsets
 from mocapsnet.train.options import DataOptions
 
 __all__ = [
     "FILES",
     "SHAPES",
     "ImageSet",
+    "Views",
     "epoch_order",
+    "epoch_views",
     "image_set",
     "load",
+    "mixed",
     "normalise",
     "random_crop",
     "test_offsets",
     "to_pixels",
-    "training_batch",
+    "view",
 ]
 
 

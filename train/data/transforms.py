@@ -1,4 +1,4 @@
-"""Random crops and the order of an epoch, on whole batches; pixels are those of prediction."""
+"""Random crops and the order of an epoch, on whole batches."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from mocapsnet.preprocessing import Preprocessing, to_pixels
-from mocapsnet.train.data.image_set import ImageSet
 
 # Beside a run's seed, where an epoch's crops have the epoch; no run has so many.
 TEST_CROPS = 2**32 - 1
@@ -55,22 +52,3 @@ def random_crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
     sample = torch.arange(B, device=images.device)[:, None, None, None]
     channel = torch.arange(C, device=images.device)[None, :, None, None]
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def training_batch(
-    train_set: ImageSet,
-    indices: Tensor,
-    offsets: Tensor,
-    pad: int,
-    preprocessing: Preprocessing,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a training step works on.
-
-    Args:
-        indices: [B] int64, which images.
-        offsets: [B, 2] int64, where each is cropped, see `random_crop`.
-        preprocessing: how pixels are normalised.
-    Returns: normalised images [B, C, H, W], their pixels in [0, 1], labels [B].
-    """
-    pixels = to_pixels(random_crop(train_set.images[indices], offsets, pad))
-    return preprocessing(pixels), pixels, train_set.labels[indices]

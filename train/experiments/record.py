@@ -17,6 +17,7 @@ from mocapsnet.train.experiments.configuration import Configuration, Keys, parse
 from mocapsnet.train.experiments.runs import Run, build, difference
 from mocapsnet.train.experiments.states import NO_MATTER
 from mocapsnet.train.files import write_whole
+from mocapsnet.train.option_values import planned
 from mocapsnet.train.run_folder import HOLDER, LOCK, holder, write_holder
 
 FORMAT = 1
@@ -110,7 +111,7 @@ def merge(folder: Path, then: Record | None, now: Record) -> Record:
             continue
         found = difference(before.options, run.options, NO_MATTER)
         longer = run.options.optim.epochs - before.options.optim.epochs
-        if found is None and (longer < 0 or longer and run.options.optim.optimizer == "ranger21"):
+        if found is None and (longer < 0 or longer and planned(run.options.optim)):
             found = ("--epochs", before.options.optim.epochs, run.options.optim.epochs)
         if found is not None:
             option, old, new = found

@@ -14,7 +14,15 @@ from mocapsnet.train.experiments.configuration import (
     combinations,
     fits,
 )
-from mocapsnet.train.option_values import MOMENTUM, arguments, flag, from_names, kinds, of_kind
+from mocapsnet.train.option_values import (
+    CONV,
+    MOMENTUM,
+    arguments,
+    flag,
+    from_names,
+    kinds,
+    of_kind,
+)
 from mocapsnet.train.options import TrainOptions
 
 # Values that say by themselves what they are; others stand behind their option's name.
@@ -137,7 +145,8 @@ def _build(
     scale = values | {k: v for k, v in configuration.scale.items() if k not in axes}
     # Of no use to a network without momentum, and refused there.
     momentum = {name.partition(".")[2] for name in MOMENTUM}
-    values |= {k: v for k, v in given.items() if k not in momentum or keys["model"] == "mocapsnet"}
+    moves = keys["model"] in ("mocapsnet", CONV)
+    values |= {k: v for k, v in given.items() if k not in momentum or moves}
     if keys["dataset"] in folders:
         values |= {"dataset": "folder", "data_dir": folders[keys["dataset"]]}
     run = Run(keys, values, TrainOptions(), TrainOptions())
@@ -151,10 +160,11 @@ def difference(
     then: TrainOptions, now: TrainOptions, ignored: Iterable[str]
 ) -> tuple[str, Any, Any] | None:
     """The first option that differs: its spelling on a command line, and both values."""
-    from mocapsnet.train.option_values import flat
+    from mocapsnet.train.option_values import SETTLED, flat
 
     before, after = flat(then), flat(now)
     for name, value in after.items():
-        if name not in ignored and before[name] != value:
+        left_open = value is None and name in SETTLED
+        if name not in ignored and before[name] != value and not left_open:
             return flag(name), before[name], value
     return None

@@ -15,7 +15,7 @@ from mocapsnet.train.experiments.runs import Run, difference
 from mocapsnet.train.files import write_whole
 from mocapsnet.train.loop import finished
 from mocapsnet.train.metrics import read_rows
-from mocapsnet.train.option_values import RESUMABLE
+from mocapsnet.train.option_values import RESUMABLE, planned
 from mocapsnet.train.run_folder import CONFIG, HOLDER, holder, read_config
 
 # Options that no result depends on, and those that say how far to go.
@@ -84,8 +84,7 @@ def state_of(run: Run, folder: Path, failure: str | None) -> State:
             option, then, now = differs
             return state("other", f"{option} {then} there, {now} asked for")
         if epochs > run.options.optim.epochs or (
-            saved.optim.epochs != run.options.optim.epochs
-            and run.options.optim.optimizer == "ranger21"
+            saved.optim.epochs != run.options.optim.epochs and planned(run.options.optim)
         ):
             now = run.options.optim.epochs
             return state("other", f"--epochs {saved.optim.epochs} there, {now} asked for")
