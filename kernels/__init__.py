@@ -11,6 +11,7 @@ from .momentum.op import momentum_routing
 from .primary.op import primary_capsules
 from .routing.op import explain, routing
 from .squash.op import squash
+from .verification import verify
 from .votes.op import votes
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "primary_capsules",
     "routing",
     "squash",
+    "verify",
     "votes",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import checks
 from .library import plain_only
+from .verification import trusted
 
 
 @cache
@@ -27,11 +28,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def implementation(x: Tensor, backend: str | None, eager: str) -> str:
+def on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def implementation(x: Tensor, backend: str | None, eager: str, family: str | None = None) -> str:
     """The implementation that a call with tensor `x` and argument `backend` uses.
 
-    None means "triton" on a CUDA device if Triton is installed, and `eager` otherwise; but
-    "reference" where nothing else can go, see `plain_only`.
+    None means "triton" on a CUDA device if Triton is installed and the kernels of `family`, one of
+    `verification.FAMILIES`, pass their verification on that device; else `eager`, but "reference"
+    where nothing else can go, see `plain_only`. Without a family there are no kernels.
     """
     choices = dict.fromkeys([None, "reference", eager, "triton"])
     checks.choice("backend", backend, list(choices))
@@ -45,11 +51,12 @@ def implementation(x: Tensor, backend: str | None, eager: str) -> str:
         if taker:
             return "reference"
     if backend is None:
-        return "triton" if x.device.type == "cuda" and triton_installed() else eager
+        fused = family and on_gpu(x) and triton_installed() and trusted(family, x.device)
+        return "triton" if fused else eager
     if backend == "triton":
         if not triton_installed():
             raise ValueError('backend="triton" needs the package triton: pip install triton')
-        if x.device.type != "cuda" and not interpreting():
+        if not on_gpu(x) and not interpreting():
             raise ValueError(
                 f'backend="triton" needs tensors on a GPU; got one on {x.device}: move it with '
                 ".cuda(), use backend=None, or set TRITON_INTERPRET=1 before starting Python to "
@@ -74,6 +81,14 @@ class Launch(NamedTuple):
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+matmul_precision: ContextVar[str | None] = ContextVar("matmul_precision", default=None)
+"""Stands for torch.get_float32_matmul_precision() where it is set: that is the whole process's."""
+
+
+def highest_precision() -> bool:
+    """Whether products of float32 numbers shall be as exact as float32 is."""
+    return (matmul_precision.get() or torch.get_float32_matmul_precision()) == "highest"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -151,7 +166,7 @@ def dot_precision(*tensors: Tensor) -> str:
     if accumulation_dtype(*tensors) == torch.float64:
         return "ieee"
     low = all(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" and not low else "tf32"
+    return "ieee" if highest_precision() and not low else "tf32"
 
 
 def split_precision(*tensors: Tensor) -> str:
@@ -164,4 +179,4 @@ def split_precision(*tensors: Tensor) -> str:
         return "ieee"
     if all(t.dtype in (torch.bfloat16, torch.float16) for t in tensors):
         return "exact"
-    return "split" if torch.get_float32_matmul_precision() == "highest" else "rounded"
+    return "split" if highest_precision() else "rounded"

@@ -81,7 +81,7 @@ def momentum_routing(
             "gamma must lie between 0 and 1, anchor_every be at least 1 and block_layers at least "
             f"0; got {gamma}, {anchor_every} and {block_layers}"
         )
-    backend = implementation(x, backend, eager="chunked")
+    backend = implementation(x, backend, eager="chunked", family="momentum")
     modes = (iterations, method, routing_grad)
     if backend == "reference":
         with full_precision(x):

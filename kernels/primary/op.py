@@ -36,7 +36,7 @@ def primary_capsules(features: Tensor, dim: int, *, backend: str | None = None) 
             f"the {features.shape[1]} channels of features {list(features.shape)} cannot be "
             f"grouped into capsules of dim={dim}: use a positive divisor of the channel count"
         )
-    if implementation(features, backend, eager="reference") == "reference":
+    if implementation(features, backend, eager="reference", family="primary") == "reference":
         return reference.primary_capsules(features, dim)
     return primary_forward(features, dim)
 

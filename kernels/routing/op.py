@@ -108,7 +108,7 @@ def _implementation(
                     f'{name}="{value}" needs backend="reference" or None; got "{backend}"'
                 )
             return "reference"
-    return implementation(u, backend, eager="chunked")
+    return implementation(u, backend, eager="chunked", family="routing")
 
 
 class Explanation(NamedTuple):

@@ -103,26 +103,40 @@ def vote_options(p: Plan, u: Tensor, W: Tensor) -> dict[str, Any]:
     )
 
 
-def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
-    """Shape of the couplings [N, J, B] that the streamed forward keeps; (0,) if it keeps none."""
+def planned(u: Tensor, W: Tensor) -> Plan:
+    """The plan for u and W."""
     (B, N, K), (J, D) = u.shape, W.shape[2:]
-    on_chip = plan(B, N, K, J, D, accumulation_dtype(u, W).itemsize).on_chip
-    return chunked.kept_shape(u, W, keep and not on_chip)
+    return plan(B, N, K, J, D, accumulation_dtype(u, W).itemsize)
+
+
+def kept_shape(u: Tensor, W: Tensor, keep: bool, p: Plan | None = None) -> tuple[int, ...]:
+    """Shape of the couplings [N, J, B] that the streamed forward keeps; (0,) if it keeps none."""
+    p = p or planned(u, W)
+    return chunked.kept_shape(u, W, keep and not p.on_chip)
 
 
 def forward(
-    u: Tensor, W: Tensor, bias: Tensor | None, iterations: int, method: str, keep: bool
+    u: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    iterations: int,
+    method: str,
+    keep: bool,
+    p: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v [B, J, D], s of every iteration [R, B, J, D], and the kept couplings."""
+    """v [B, J, D], s of every iteration [R, B, J, D], and the kept couplings.
+
+    By the plan `p` if one is given; backward then takes the same.
+    """
     u, W = u.contiguous(), W.contiguous()
+    p = p or planned(u, W)
     B, N, K = u.shape
     J, D = W.shape[2:]
     v = u.new_empty(B, J, D, dtype=torch.promote_types(u.dtype, W.dtype))
     s = u.new_empty(iterations, B, J, D, dtype=accumulation_dtype(u, W))
-    kept = s.new_empty(kept_shape(u, W, keep))
+    kept = s.new_empty(kept_shape(u, W, keep, p))
     if B == 0:
         return v, s, kept
-    p = plan(B, N, K, J, D, s.itemsize)
     sda = method == "sda"
     sizes = dict(J=J, D=D, BLOCK_J=padded(J), BLOCK_D=padded(D), ACC=accumulation_type(u, W))
     routing = dict(K=K, SCALE=distance_scale(J), SDA=sda)
@@ -197,6 +211,7 @@ def backward(
     method: str,
     routing_grad: str,
     with_bias: bool,
+    p: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du [B, N, K], dW [N, K, J, D] and dbias [J, D] or [0]."""
     u, W, dv = u.contiguous(), W.contiguous(), dv.contiguous()
@@ -205,7 +220,7 @@ def backward(
     du, dW = torch.empty_like(u), torch.empty_like(W)
     if B == 0:
         return du, dW.zero_(), s.new_zeros(J, D) if with_bias else s.new_empty(0)
-    p = plan(B, N, K, J, D, s.itemsize)
+    p = p or planned(u, W)
     sda, full = method == "sda", routing_grad == "full"
     terms = 2 * R - 1 if full else 1
     x = s.new_empty(max(terms, 2), B, J, D)  # ds of each iteration (or the last), then the states
@@ -248,7 +263,7 @@ def backward(
                 **sizes,
             )
         else:
-            p = vector_plan(B, N, J, D, s.itemsize)
+            p = vector_plan(B, N, J, D, s.itemsize) if p.dots else p
             # all of sda's gradient at once needs more registers than a whole tile leaves
             block_b = max(1, p.block_b // 2) if sda and full else p.block_b
             launch(

@@ -30,7 +30,7 @@ def votes(u: Tensor, W: Tensor, *, backend: str | None = None) -> Tensor:
     """
     checks.capsules_and_weight(u, W)
     dtype = torch.promote_types(u.dtype, W.dtype)
-    if implementation(u, backend, eager="reference") == "reference":
+    if implementation(u, backend, eager="reference", family="votes") == "reference":
         return reference.votes(u.to(dtype), W.to(dtype))
     return votes_forward(u, W)
 
