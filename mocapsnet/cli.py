@@ -19,6 +19,7 @@ from . import __version__
 if TYPE_CHECKING:
     from mocapsnet.train.options import (
         CompareOptions,
+        EvaluateOptions,
         ExperimentOptions,
         ExploreOptions,
         ExportOptions,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     Command = (
         TrainOptions
         | CompareOptions
+        | EvaluateOptions
         | ExperimentOptions
         | ExploreOptions
         | PredictOptions
@@ -97,6 +99,7 @@ def _run(arguments: list[str]) -> None:
 
     from mocapsnet.train.options import (
         CompareOptions,
+        EvaluateOptions,
         ExperimentOptions,
         ExploreOptions,
         ExportOptions,
@@ -118,6 +121,10 @@ def _run(arguments: list[str]) -> None:
         from mocapsnet.train.compare import compare
 
         compare(command)
+    elif isinstance(command, EvaluateOptions):
+        from mocapsnet.train.robustness import evaluate_runs
+
+        evaluate_runs(command)
     elif isinstance(command, PredictOptions):
         from mocapsnet.train.predict import predict
 

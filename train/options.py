@@ -286,8 +286,35 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(RunOptions):
-    """Measure the test accuracy of a run's last checkpoint."""
+class EvaluateOptions:
+    """Measure the test accuracy of runs' last checkpoints, also on moved and on overlapping images:
+    of one run in words, of several, or on such images, as a Markdown table."""
+
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
+    """Run folders that `mocapsnet train` wrote, of one data set."""
+    shift: Annotated[int, arg(metavar="PIXELS")] = 0
+    """Also test images moved at random, by up to so many whole pixels in each direction. With the
+    next two options an image is scaled and turned about its centre, then shifted."""
+    rotate: Annotated[float, arg(metavar="DEGREES")] = 0.0
+    """The same, turned by up to so many degrees either way."""
+    scale: Annotated[tuple[float, float], arg(metavar="LEAST GREATEST")] = (1.0, 1.0)
+    """The same, height and width multiplied by one factor between these; above 1 enlarges."""
+    keep_whole: bool = False
+    """Draw the shift of an image from those that leave nothing outside that is not black; for
+    images on black, such as MNIST's."""
+    overlap: bool = False
+    """Also test two images of different classes in one, each moved as these options say, the
+    brighter of two pixels shown; right if the two most likely classes are both there."""
+    seed: int = 0
+    """Seed of what is drawn; all runs are given the same images."""
+    json: bool = False
+    """Print JSON instead."""
+    data_dir: str | None = None
+    """Folder that holds the data sets' files (None: the one the run used)."""
+    download: bool = False
+    """Download the data set if its files are missing."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is one, else the CPU."""
 
 
 @dataclass(frozen=True)

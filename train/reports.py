@@ -13,7 +13,7 @@ from mocapsnet.train.data import ImageSet
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.evaluation import Evaluation, Judged, evaluate
 from mocapsnet.train.metrics import describe_damage, read_rows
-from mocapsnet.train.options import RunOptions, VisualizeOptions
+from mocapsnet.train.options import RunOptions, TrainOptions, VisualizeOptions
 from mocapsnet.train.pictures.mistakes import worst
 from mocapsnet.train.prepare import (
     build,
@@ -28,17 +28,25 @@ from mocapsnet.train.run_folder import check_images, read_config
 SHOWN = 20
 
 
+def last_checkpoint(run: Path) -> tuple[TrainOptions, Path, int]:
+    """A run's options, and its last checkpoint with the number of epochs done.
+
+    Raises: InputError if there is none.
+    """
+    options = read_config(run)
+    found = checkpoints.latest(run)
+    if found is None:
+        raise InputError(f"{run} was stopped before it began; mocapsnet train --resume {run}")
+    return options, *found
+
+
 def report(command: RunOptions) -> Evaluation:
     """Print the test accuracy of a run's last checkpoint, and draw the pictures if asked for them.
 
     Raises: InputError if the run, its data or the device cannot be used.
     """
     run = Path(command.run)
-    options = read_config(run)
-    found = checkpoints.latest(run)
-    if found is None:
-        raise InputError(f"{run} was stopped before it began; mocapsnet train --resume {run}")
-    checkpoint, epochs_done = found
+    options, checkpoint, epochs_done = last_checkpoint(run)
     source = dataclasses.replace(
         options.data,
         data_dir=command.data_dir or options.data.data_dir,

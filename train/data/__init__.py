@@ -3,6 +3,7 @@
     image_set.py    what a data set is once it is read, and every check on what was read
     builtin.py      the data sets with a name: the embedded digits, MNIST, SVHN, CIFAR, ...
     folder.py       any folder of images, decoded by decode.py and kept by cache.py
+    motion.py       images moved at random, and two in one, for tests
     transforms.py   crops, and the order of an epoch
     augment.py      the views of an epoch: crops, flips; mixtures of images
 
