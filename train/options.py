@@ -406,8 +406,8 @@ class ExperimentOptions:
     """
 
     name: Annotated[Positional[str], arg(metavar="NAME|FILE")] = ""
-    """table1, table2, table3, table5, figure3 (with Table 4 and Figure 4) or deep, or a JSON file
-    like theirs; without it they are listed."""
+    """table1, table2, table3, table5, figure3 (with Table 4 and Figure 4) or deep; departures or
+    collapse, of the published recipe; or a JSON file like theirs. Without it they are listed."""
     out: Annotated[str, arg(metavar="DIR")] = "runs"
     """Folder for the experiment's folder, DIR/NAME."""
     jobs: Annotated[int | None, arg(metavar="INT")] = None

@@ -147,6 +147,18 @@ def test_a_config_that_cannot_be_used_is_refused(changes, message, tmp_path):
         load(folder)
 
 
+def test_an_option_that_is_missing_has_its_default_only_in_older_formats(tmp_path):
+    folder = network().save_pretrained(tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["network"]["bias"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json is damaged: it has no network.bias"):
+        load(folder)
+    path.write_text(json.dumps(config | {"format": 1}))
+    assert load(folder).config.bias is None
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
     folder = network().save_pretrained(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

@@ -499,7 +499,7 @@ def test_options_of_the_command_line_reach_the_runs() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("experiment table9", "table9 is neither an experiment (deep, figure3, table1,"),
+        ("experiment table9", "table9 is neither an experiment (collapse, deep,"),
         ("experiment table1 --datasets mnits", "--datasets is 'mnits', but must be one of digits"),
         ("experiment table1 --seeds 1 1", "--seeds: 1 is given twice"),
         ("experiment table1 --jobs 0", "--jobs must be at least 1, got 0"),

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 import mocapsnet
 from mocapsnet import Preprocessing, cli
 from mocapsnet.train import data, prepare
+from mocapsnet.train.experiments import configuration, runs, table
+from mocapsnet.train.experiments.record import Record
+from mocapsnet.train.experiments.states import State
 from mocapsnet.train.option_values import flag, flat, from_json, to_json
 from mocapsnet.train.options import DataOptions, TrainOptions
 
@@ -226,3 +229,42 @@ def test_a_run_from_before_these_options_goes_on(train: Train, command: Command)
     path.write_text(json.dumps(config))
     code, _, errors = command("evaluate", "run")
     assert code == 2 and "is missing" in errors
+
+
+def made_of(name: str) -> Record:
+    path = configuration.find(name)
+    found = configuration.parse(configuration.load(path), name, path)
+    return Record(found, {}, {}, runs.select(found, {}))
+
+
+def test_the_experiment_of_departures_has_each_of_them_both_ways() -> None:
+    """Alone beside our defaults, and left out of the recipe."""
+    changed: dict[str, list[set[str]]] = {"ours": [], "published": []}
+    plain = {}
+    for run in made_of("departures").runs():
+        if run.keys["seed"] == 0:
+            side = run.keys["case"].split()[0]
+            values = {k: v for k, v in flat(run.options).items() if not k.startswith("data.pixel")}
+            plain.setdefault(side, values)  # the first of each is that without a change
+            changed[side].append({k for k, v in values.items() if v != plain[side][k]})
+    departures = {*ALWAYS, *MOMENTUM} - {"recipe", "data.pixel_mean", "data.pixel_std"}
+    assert {k for k in plain["ours"] if plain["ours"][k] != plain["published"][k]} == {
+        *departures,
+        "recipe",
+    }
+    together = {"model.skip", "model.velocity"}  # the first needs the second
+    for side, alone in (("ours", "model.velocity"), ("published", "model.skip")):
+        single = [{name} for name in departures - together] + [{alone}, together, set()]
+        assert sorted(map(sorted, changed[side])) == sorted(map(sorted, single))
+
+
+def test_the_experiment_of_the_collapse() -> None:
+    made = made_of("collapse")
+    every = {run.name: State("missing") for run in made.runs()}
+    text = table.markdown(made, every)
+    assert "**Smaller than the paper: 64 channels instead of 256; 5 epochs instead of 60.**" in text
+    assert "| 8 | published | – (not run) | ≈ 1.00 | – (not run) | 43.48 ± 0.06 |" in text
+    text = table.scale(made_of("departures"))  # nothing of the paper stands beside
+    assert text.startswith("**Smaller than the paper: 64 channels instead of 256;")
+    inits = {(r.options.recipe, r.options.model.init) for r in made.runs()}
+    assert inits == {("published", "paper"), ("published", "length"), (None, "length")}

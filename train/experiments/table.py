@@ -136,7 +136,7 @@ def _in_order(record: Record, found: list[Cell]) -> list[Cell]:
 def scale(record: Record) -> str:
     """One line: where this is smaller than what the paper did, and where it is something else."""
     configuration, runs = record.configuration, record.runs()
-    whom = "the paper" if configuration.paper else configuration.name
+    whom = "the paper" if configuration.paper or configuration.scale else configuration.name
     smaller, other = [], []
     differences: dict[str, set[tuple[Any, Any]]] = {}
     for run in runs:
