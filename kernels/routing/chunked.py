@@ -24,7 +24,7 @@ from .workspace import workspace
 KEPT_BYTES = 32 << 20
 """Last couplings up to this size are kept for backward; larger ones are recomputed there."""
 
-LONG_ROWS = 256
+LONG_ROWS = 512
 """Samples from which on a weighted vote is added to the sum as it is made."""
 
 
