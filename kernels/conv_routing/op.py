@@ -59,7 +59,11 @@ def conv_routing(
         `routing` for the routing.
     """
     stride, padding = _check(u, W, stride, padding, iterations, method, routing_grad, bias)
-    chosen = _implementation(u, backend)
+    if backend == "triton":
+        raise ValueError(
+            'conv_routing has no backend="triton" yet: use backend=None, which runs on GPUs too'
+        )
+    chosen = implementation(u, backend, eager="chunked")
     if chosen == "reference":
         dtype = torch.promote_types(u.dtype, W.dtype)
         with full_precision(u):
@@ -75,16 +79,6 @@ def conv_routing(
             )
     options = *stride, *padding, iterations, method, routing_grad, chosen
     return conv_routing_forward(u, W, bias, *options)[0]
-
-
-def _implementation(u: Tensor, backend: str | None) -> str:
-    """What runs a call: without Triton kernels as yet, the chunked form also on a GPU."""
-    if backend == "triton":
-        raise ValueError(
-            'conv_routing has no backend="triton" yet: use backend=None, which runs on GPUs too'
-        )
-    chosen = implementation(u, backend, eager="chunked")
-    return "chunked" if chosen == "triton" else chosen
 
 
 def _check(
