@@ -64,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mocapsnet {__version__}")
         return 0
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if arguments[:1] == ["doctor"]:
+        from mocapsnet.doctor import main as doctor
+
+        return doctor(arguments[1:], missing)
     if missing:
         print(
             f"mocapsnet: not installed: {', '.join(missing)}; mocapsnet needs "
@@ -207,6 +211,7 @@ def _cli(
     from mocapsnet.train.options import (
         BenchmarkOptions,
         CompareOptions,
+        DoctorOptions,
         EvaluateOptions,
         ExperimentOptions,
         ExploreOptions,
@@ -229,6 +234,7 @@ def _cli(
         | Annotated[ExploreOptions, subcommand("explore")]
         | Annotated[ExperimentOptions, subcommand("experiment")]
         | Annotated[BenchmarkOptions, subcommand("benchmark")]
+        | Annotated[DoctorOptions, subcommand("doctor")]
     )
     read: Any = partial(
         tyro.cli,
@@ -244,5 +250,6 @@ def _cli(
         ),
     )
     command, others = read(return_unknown_args=True) if unknown else (read(), [])
-    assert not isinstance(command, BenchmarkOptions)  # there for --help; `_run` looks first
+    # These two are there for --help; their names are looked for before.
+    assert not isinstance(command, (BenchmarkOptions, DoctorOptions))
     return command, others

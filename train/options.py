@@ -444,3 +444,8 @@ class ExperimentOptions:
 @dataclass(frozen=True)
 class BenchmarkOptions:
     """Measure speed, memory and precision; `mocapsnet benchmark --help` lists the benchmarks."""
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Compare what runs here with its reference, and name what is slow; exit status 1 if wrong."""

@@ -18,6 +18,7 @@ from mocapsnet import (
     ConvMoCapsNetConfig,
     build_model,
 )
+from mocapsnet.doctor import cpu_has_bfloat16
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.option_values import CONV, DENSE, preprocessing
@@ -35,7 +36,7 @@ def make_accelerator(machine: MachineOptions, micro_batches: int = 1) -> Acceler
         mixed_precision=machine.mixed_precision,
         gradient_accumulation_steps=micro_batches,
     )
-    if on_cpu and machine.mixed_precision == "bf16" and not _cpu_has_bfloat16():
+    if on_cpu and machine.mixed_precision == "bf16" and not cpu_has_bfloat16():
         if accelerator.is_main_process:
             print(
                 "mocapsnet: warning: this CPU has no bfloat16 instructions: with --mixed-precision "
@@ -44,14 +45,6 @@ def make_accelerator(machine: MachineOptions, micro_batches: int = 1) -> Acceler
                 file=sys.stderr,
             )
     return accelerator
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether oneDNN computes in bfloat16 natively; True where that cannot be found out."""
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return True
 
 
 def make_repeatable(seed: int) -> None:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib.ticker import LogLocator
 
+from mocapsnet.doctor import processor
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -116,13 +118,6 @@ def title(machine: Row) -> str:
         f"{machine['dtype']} (matrix products at precision {machine['matmul_precision']!r}), "
         f"commit {machine['commit']}, {machine['date']}"
     )
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def version(package: str) -> str | None:

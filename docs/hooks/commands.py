@@ -21,11 +21,13 @@ What `--help` prints. `python -m mocapsnet` is the same as `mocapsnet`; `torchru
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mocapsnet.benchmarks.cli import main as benchmark
     from mocapsnet.cli import parse
+    from mocapsnet.doctor import main as doctor
 
+    of_their_own = {"benchmark": benchmark, "doctor": doctor}
     parts = [INTRODUCTION]
     for name in subcommands(help_of(partial(parse, ["--help"]))):
-        asked = partial(benchmark, ["--help"]) if name == "benchmark" else None
-        text = help_of(asked or partial(parse, [name, "--help"]))
+        own = of_their_own.get(name)
+        text = help_of(partial(own, ["--help"]) if own else partial(parse, [name, "--help"]))
         parts.append(f"## mocapsnet {name}\n\n```text\n{text}\n```\n")
     files.append(File.generated(config, PAGE, content="\n".join(parts)))
     return files

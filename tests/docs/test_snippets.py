@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from mocapsnet import doctor
 from mocapsnet.benchmarks.cli import QUESTIONS
 from mocapsnet.cli import parse
 from mocapsnet.train.errors import InputError
@@ -96,6 +97,8 @@ def test_a_command_of_a_page_is_understood(command: str) -> None:
         assert all(re.search(rf"^{name}:.*##", MAKEFILE, re.M) for name in arguments)
     elif program == "mocapsnet" and arguments[0] == "benchmark":
         assert arguments[1] in QUESTIONS
+    elif program == "mocapsnet" and arguments[0] == "doctor":
+        doctor.parser().parse_args(arguments[1:])
     elif program == "mocapsnet":
         try:
             parse(arguments)

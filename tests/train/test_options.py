@@ -223,7 +223,7 @@ def test_missing_extra_is_named(command: Command, monkeypatch: pytest.MonkeyPatc
 def test_slow_bfloat16_is_announced(
     native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prepare, "_cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(prepare, "cpu_has_bfloat16", lambda: native)
     prepare.make_accelerator(MachineOptions(device="cpu", mixed_precision="bf16"))
     assert ("no bfloat16 instructions" in capsys.readouterr().err) is not native
 
