@@ -62,6 +62,7 @@ def test_what_cannot_be_drawn_is_left_out_with_a_reason(tmp_path: Path) -> None:
     chosen = inside.chosen_image("0", test_set)
     lengths = torch.ones(12)
     right = Judged(test_set.labels, test_set.labels, lengths, lengths, lengths)
+    (tmp_path / "mistakes.png").write_bytes(b"of an earlier checkpoint")
     lines = inside.write(tmp_path, model, test_set, options, chosen, right)
     assert next(lines) == "no mistakes.png: all 12 test images are taken for what they are"
     assert next(lines).startswith("no dimensions.png: with --reconstruction-weight 0")
@@ -108,7 +109,7 @@ def test_many_classes_take_more_pictures_and_missing_ones_none() -> None:
     model, test_set = network(classes=13), images(classes=12, count=24)
     test_set = ImageSet(test_set.images, test_set.labels, (*test_set.classes, "none"))
     model.class_names = test_set.classes
-    first, second = dimensions.figures(model, test_set)
+    first, second = (dimensions.figure(model, p) for p in dimensions.pages(model, test_set))
     titles = [axes.get_title() for page in (first, second) for axes in page.axes]
     named = [title.partition(", taken")[0] for title in titles if title]
     assert named == [f"$class {n}" for n in range(12)]

@@ -60,7 +60,9 @@ def _map(picture: Figure, axes: Axes, measured: list[Bundles], layers: list[str]
     axes.set_ylabel("layer of capsules; numbers: hidden layers", size=TEXT)
     bar = picture.colorbar(image, ax=axes, label="bundle entropy in nats")
     bar.set_ticks([0, limit / 2, limit])
-    bar.set_ticklabels(["0: all told apart", f"{limit / 2:.2f}", f"{limit:.2f}: none"], size=SMALL)
+    bar.set_ticklabels(
+        ["0: all told apart", f"{limit / 2:.2f}", f"{limit:.2f}: none told apart"], size=SMALL
+    )
     if values.size <= 200:
         for (layer, n), value in np.ndenumerate(values):
             colour = "white" if value > limit / 2 else "black"

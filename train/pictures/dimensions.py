@@ -6,7 +6,6 @@ others, every column by another amount, and the decoder draws the image again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,11 +38,10 @@ class Example(NamedTuple):
     taken_for: int
 
 
-def figures(network: CapsNet, test_set: ImageSet) -> Iterator[Figure]:
-    """The grid of every class that has a test image, at most `PER_PAGE` in a figure."""
+def pages(network: CapsNet, test_set: ImageSet) -> list[list[Example]]:
+    """The example of every class that has a test image, at most `PER_PAGE` for a figure."""
     found = examples(network, test_set)
-    pages = [found[n : n + PER_PAGE] for n in range(0, len(found), PER_PAGE)]
-    return (figure(network, page, network.class_names) for page in pages)
+    return [found[n : n + PER_PAGE] for n in range(0, len(found), PER_PAGE)]
 
 
 @torch.no_grad()
@@ -83,7 +81,7 @@ def by_strength(drawn: Tensor) -> list[int]:
     return change.argsort(descending=True, stable=True).tolist()
 
 
-def figure(network: CapsNet, found: list[Example], names: tuple[str, ...]) -> Figure:
+def figure(network: CapsNet, found: list[Example]) -> Figure:
     """A panel for each example."""
     D = network.config.class_dim
     rows = min(D, ROWS)
@@ -97,7 +95,7 @@ def figure(network: CapsNet, found: list[Example], names: tuple[str, ...]) -> Fi
     panels = picture.subplots(lines, columns, squeeze=False).flat
     for axes, example in zip(panels, found, strict=False):
         drawn = sweep(network, example.capsule, example.label)
-        _panel(axes, example, drawn, by_strength(drawn)[:rows], names)
+        _panel(axes, example, drawn, by_strength(drawn)[:rows], network.class_names)
     for axes in list(panels)[len(found) :]:
         axes.axis("off")
     which = "each" if rows == D else f"each of the {rows} strongest"

@@ -66,10 +66,10 @@ def write(
     elif options.optim.reconstruction_weight == 0:
         yield "no dimensions.png: with --reconstruction-weight 0 the decoder did not learn to draw"
     else:
-        pages = list(dimensions.figures(network, test_set))
+        pages = dimensions.pages(network, test_set)
         for n, page in enumerate(pages, start=1):
             number = f"-{n:0{len(str(len(pages)))}d}" if len(pages) > 1 else ""
-            yield str(save(page, run / f"dimensions{number}.png"))
+            yield str(save(dimensions.figure(network, page), run / f"dimensions{number}.png"))
     if isinstance(network, ConvMoCapsNet):
         yield "no places.png, couplings.png and layers.png: they show layers without a grid"
         return
@@ -83,18 +83,17 @@ def write(
 def _mistakes(run: Path, network: CapsNet, test_set: ImageSet, judged: Judged) -> str:
     shown = most_confident(judged, MISTAKES)
     if not shown:
+        (run / "mistakes.png").unlink(missing_ok=True)  # of an earlier checkpoint
         return f"no mistakes.png: all {len(test_set):,} test images are taken for what they are"
     wrong = int((judged.guesses != judged.labels).sum())
-    title = f"Of {wrong:,} mistakes on {len(test_set):,} test images, the {len(shown)} surest"
-    if not network.has_capsules:
-        title += "\n(in brackets the probabilities)"
-    elif network.decoder is None:
-        title += "\n(in brackets the lengths of the capsules)"
-    else:
-        title += (
-            ",\neach beside what the network draws of the class that it takes it for "
-            "(in brackets the lengths of the capsules)"
-        )
+    title = (
+        f"The mistakes that the network is surest of: {len(shown)} of {wrong:,}, on "
+        f"{len(test_set):,} test images\n"
+    )
+    if network.decoder is not None:
+        title += "each beside what the network draws of the class that it takes it for; "
+    title += "in brackets: "
+    title += "lengths of the capsules" if network.has_capsules else "probabilities"
     figure = mistakes_figure(network, test_set, judged, shown, title)
     return str(save(figure, run / "mistakes.png"))
 
