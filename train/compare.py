@@ -31,8 +31,8 @@ def compare(options: CompareOptions) -> None:
     rows = [read_rows(run).rows for run in runs]
     tables = {
         "Options that differ": differences(names, configs),
-        "Margin loss per image and training accuracy, at the start and after so many steps "
-        f"(means of {start.WINDOW})": losses(names, starts),
+        "Margin loss (of cnn: cross-entropy) per image and training accuracy, at the start and "
+        f"after so many steps (means of {start.WINDOW})": losses(names, starts),
         "Accuracy after each epoch": accuracies(names, rows),
         "Mean length of the capsules that a layer makes, at the start": by_layer(
             names, starts, lambda row: row.get("out_length")

@@ -148,7 +148,7 @@ def test_a_table_of_runs(train: Train, command: Command, monkeypatch: pytest.Mon
     asked = "--shift 1 --rotate 20 --scale 0.8 1.2 --overlap --device cpu"
     code, text, errors = command("evaluate", "capsules", "plain", *asked.split())
     assert code == 0, errors
-    assert "shifted by up to 1 pixels, turned by up to 20 degrees, scaled by 0.8 to 1.2" in text
+    assert "shifted by up to 1 pixel, turned by up to 20 degrees, scaled by 0.8 to 1.2" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
     for line, run in zip(lines[1:], (capsules, plain), strict=True):

@@ -52,7 +52,8 @@ class Motion:
         parts = []
         if self.shift:
             inside = ", what is not black staying inside" if self.keep_whole else ""
-            parts.append(f"shifted by up to {self.shift} pixels{inside}")
+            pixels = "pixel" if self.shift == 1 else "pixels"
+            parts.append(f"shifted by up to {self.shift} {pixels}{inside}")
         if self.rotate:
             parts.append(f"turned by up to {self.rotate:g} degrees")
         if self.scale != (1.0, 1.0):

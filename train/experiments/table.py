@@ -35,6 +35,7 @@ NAMES = {
     "capsnet": "CapsNet",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
+    "cnn": "CNN",
     "fashion-mnist": "Fashion-MNIST",
     "mnist": "MNIST",
     "mocapsnet": "MoCapsNet",
