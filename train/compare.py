@@ -125,7 +125,12 @@ def by_layer(
 
 def titles(layers: Sequence[str]) -> list[str]:
     """What layers are called in the tables, the same whatever the stack is: "hidden 3"."""
-    kinds = {"convolutions": "convolution", "stack": "hidden", "decoder": "decoder"}
+    kinds = {
+        "convolutions": "convolution",
+        "stack": "hidden",
+        "stages": "hidden",  # of a convolutional network
+        "decoder": "decoder",
+    }
     counts: dict[str, int] = {}
     found = []
     for name in layers:

@@ -23,17 +23,19 @@ def published(asked: TrainOptions) -> TrainOptions:
     a recipe; what only some networks, routings or optimisers have is set for those alone.
     """
     given, plain = asked.model, TrainOptions()
-    cnn = given.name == "cnn"  # has neither routing nor decoder; that code has none
-    model = plain.model if cnn else replace(plain.model, init="paper", grouping="pixels")
+    dense = given.name in ("mocapsnet", "rescapsnet", "capsnet")  # which that code has
+    model = replace(plain.model, init="paper", grouping="pixels") if dense else plain.model
+    if given.name in ("mocapsnet", "conv-mocapsnet"):
+        model = replace(model, velocity="block")
     if given.name == "mocapsnet":
-        model = replace(model, velocity="block", skip="twice")
-    if given.method == "sda":
+        model = replace(model, skip="twice")
+    if given.method == "sda" and dense:
         model = replace(model, sda_mean="batch", sda_scale="published", bias=0.1)
     data = replace(plain.data, normalisation="fixed")
     if asked.data.pad != 0:
         data = replace(data, test_crop="random")
     optim = plain.optim
-    if not cnn:
+    if dense or (given.name == "conv-mocapsnet" and given.decoder is not None):
         optim = replace(optim, decoder_mask="prediction", reconstruction_target="normalised")
     if asked.optim.optimizer == "ranger21":  # it takes the batch size for the batches of an epoch
         batch_size = asked.optim.batch_size or PRESETS[asked.data.dataset].batch_size

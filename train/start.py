@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mocapsnet import CapsNet, CapsuleLayer
+from mocapsnet import CapsNet
+from mocapsnet.inspection import layer_calls
 from mocapsnet.train import data
 from mocapsnet.train.files import write_whole
 from mocapsnet.train.metrics import PARTS
@@ -57,9 +58,9 @@ def write(run: Path, trainer: Trainer, model: CapsNet) -> None:
     lengths: dict[str, Tensor] = {}
     model.train()
     for share in shares:
-        with torch.no_grad():
-            for name, length in capsule_lengths(trainer, model, *share).items():
-                lengths[name] = lengths.get(name, 0) + length
+        pixels, _ = share
+        for name, length in capsule_lengths(model, trainer.preprocessing(pixels)).items():
+            lengths[name] = lengths.get(name, 0) + length
         loss, found = trainer.losses(model, *share)
         sums += found
         new = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -78,28 +79,13 @@ def write(run: Path, trainer: Trainer, model: CapsNet) -> None:
     write_whole(run / FILE, json.dumps(content, indent=2) + "\n")
 
 
-def capsule_lengths(
-    trainer: Trainer, model: CapsNet, pixels: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
+def capsule_lengths(model: CapsNet, images: Tensor) -> dict[str, Tensor]:
     """Of every capsule layer: mean lengths of the capsules that enter and leave [2], summed over
     the images."""
-    found: dict[str, Tensor] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            both = [x.norm(dim=-1).mean(1).sum() for x in (inputs[0], output)]
-            found[name] = torch.stack(both)
-
-        return hook
-
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, CapsuleLayer)}
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    try:
-        trainer.losses(model, pixels, labels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return {
+        name: torch.stack([x.norm(dim=-1).flatten(1).mean(1).sum() for x in (call.u, call.v)])
+        for name, call in layer_calls(model, images).items()
+    }
 
 
 def norms(weights: list[Tensor], gradients: list[Tensor]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_layers_are_called_alike_whatever_the_stack_is() -> None:
 
     names = {
         "a": ["convolutions.0", "first", *(f"stack.layers.{n}" for n in range(12)), "last"],
-        "b": ["first", "stack.blocks.0.layers.0", "stack.blocks.0.layers.1", "last", "other"],
+        "b": ["first", "stack.blocks.0.layers.0", "stages.0.layers.1", "last", "other"],
     }
     starts = [
         {"layers": [{"layer": name, "value": n} for n, name in enumerate(layers)]}

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from torch.nn import functional as F
 import mocapsnet
 from mocapsnet import Preprocessing, cli
 from mocapsnet.train import data, prepare
+from mocapsnet.train.errors import InputError
 from mocapsnet.train.experiments import configuration, runs, table
 from mocapsnet.train.experiments.record import Record
 from mocapsnet.train.experiments.states import State
 from mocapsnet.train.option_values import flag, flat, from_json, to_json
-from mocapsnet.train.options import DataOptions, TrainOptions
+from mocapsnet.train.options import DataOptions, ModelName, TrainOptions
 
 from .helpers import TINY, rows
 
@@ -46,6 +48,21 @@ def parse(*arguments: str) -> TrainOptions:
     options = cli.parse(["train", *arguments])
     assert isinstance(options, TrainOptions)
     return options
+
+
+@pytest.mark.parametrize("model", get_args(ModelName))
+@pytest.mark.parametrize("others", ["", "--method sda", "--optimizer ranger21", "--decoder 8"])
+def test_the_recipe_suits_every_network(model: str, others: str) -> None:
+    """What is given besides may not; the published code has no network like some of them."""
+    arguments = f"--dataset cifar10 --model {model} {others}".split()
+    try:
+        parse(*arguments)
+    except InputError:
+        assert model == "cnn" and others
+        return
+    options = parse(*arguments, "--recipe", "published")
+    assert options.data.test_crop == "random"
+    assert (options.model.velocity == "block") == model.endswith("mocapsnet")
 
 
 @pytest.mark.parametrize(

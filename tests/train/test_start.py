@@ -103,3 +103,18 @@ def test_losses_of_the_first_steps(
     (run / "start.json").unlink()  # as in runs from before there was such a file
     start.note_losses(run, 0, torch.ones(3, 4), 48, 20)
     assert not (run / "start.json").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("model", ["conv-mocapsnet", "cnn"])
+def test_other_networks(model: str, command: Command) -> None:
+    sizes = "--limit 16 --batch-size 16 --epochs 1 --device cpu --blocks 1".split()
+    code, _, errors = command("train", "--model", model, *sizes, "--out", "run")
+    assert code == 0, errors
+    layers = json.loads(Path("run/start.json").read_text())["layers"]
+    lengths = [row["layer"] for row in layers if 0 < row.get("out_length", 0) < 1]
+    hidden = ["stages.0.layers.0", "stages.0.layers.1"]
+    assert lengths == ([] if model == "cnn" else [*hidden, "last"])
+    code, output, errors = command("compare", "run")
+    assert code == 0, errors
+    assert ("| hidden 2 " in output) == ("| classes " in output) == (model != "cnn")
