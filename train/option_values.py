@@ -288,7 +288,8 @@ def kinds() -> dict[str, tuple[str, Any]]:
         for group, options in _GROUPS.items()
         for name, kind in _hints(options).items()
     }
-    return found | {"recipe": ("recipe", RecipeName | None)}
+    others = {name: (name, kind) for name, kind in _hints(TrainOptions).items()}
+    return found | {n: k for n, k in others.items() if n not in (*_GROUPS, "out", "resume")}
 
 
 def from_names(values: dict[str, Any]) -> TrainOptions:
@@ -300,11 +301,12 @@ def from_names(values: dict[str, Any]) -> TrainOptions:
 
     def filled(defaults: dict[str, Any]) -> TrainOptions:
         groups = {group: dict(defaults.get(group, {})) for group in _GROUPS}
+        others: dict[str, Any] = {}
         for name, value in values.items():
             group, _, own = known[name][0].partition(".")
-            if own:
-                groups[group][own] = list(value) if isinstance(value, tuple) else value
-        return from_json(groups | {"recipe": recipe}, complete=False)
+            holder, key = (groups[group], own) if own else (others, group)
+            holder[key] = list(value) if isinstance(value, tuple) else value
+        return from_json(groups | others, complete=False)
 
     options = filled({})
     if recipe is None:

@@ -81,6 +81,14 @@ def runs_of(found: Configuration, **given: Any) -> list[Run]:
     return runs.build(found, runs.select(found, {}), given, {})
 
 
+def interrupt_when(ready: Callable[[], bool]) -> None:
+    """Send this process what a job scheduler sends."""
+    deadline = time.monotonic() + 120
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.slow
 def test_an_experiment_that_is_interrupted_goes_on(command: Command, train: Train) -> None:
     """One run is finished and skipped; the other is stopped in its first epochs and resumed."""
@@ -90,13 +98,8 @@ def test_an_experiment_that_is_interrupted_goes_on(command: Command, train: Trai
     train(str(second), "--limit", "16", "--epochs", "12", "--seed", "1")
     before = (second / "config.json").read_bytes()
 
-    def interrupt(run: Path) -> None:
-        deadline = time.monotonic() + 120
-        while len(read_rows(run).rows) < 2 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    watch = threading.Thread(target=interrupt, args=[first.absolute()])
+    run = first.absolute()
+    watch = threading.Thread(target=interrupt_when, args=[lambda: len(read_rows(run).rows) >= 2])
     watch.start()
     code, output, errors = command(*words)
     watch.join()
@@ -231,23 +234,20 @@ def test_an_interrupt_ends_what_runs_and_says_how_to_go_on(fake: Configuration) 
     folder, written = Path("runs/own"), []
     child = folder / mine[0].name
 
-    def interrupt(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
-    try:
-        with pytest.raises(Interrupted, match=f"stopped in {mine[0].name}; .* Go on with: again"):
-            schedule.train_all(
-                mine,
-                states.states_of(mine, folder),
-                folder,
-                schedule.place(1, "cpu"),
-                lambda: written.append(1),
-                "again",
-            )
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    watch = threading.Thread(
+        target=interrupt_when, args=[child.joinpath("waiting").absolute().exists]
+    )
+    watch.start()
+    with pytest.raises(Interrupted, match=f"stopped in {mine[0].name}; .* Go on with: again"):
+        schedule.train_all(
+            mine,
+            states.states_of(mine, folder),
+            folder,
+            schedule.place(1, "cpu"),
+            lambda: written.append(1),
+            "again",
+        )
+    watch.join()
     assert written and (child / "waiting").exists()
     assert not [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
     assert states.Failures(folder).reasons == {}
@@ -439,7 +439,8 @@ def test_cells_are_drawn_against_blocks_or_below_one_another(
 def test_the_papers_tables() -> None:
     """Section 4.1 and the tables: how many runs, of what, and some of the numbers beside."""
     counts = {name: len(runs_of(shipped(name))) for name in ("table1", "table2", "table3")}
-    counts |= {name: len(runs_of(shipped(name))) for name in ("table5", "deep")}
+    others = ("table5", "deep")
+    counts |= {name: len(runs_of(shipped(name))) for name in others}
     assert counts == {
         "table1": 2 * 2 * 8 * 3,
         "table2": 2 * 2 * 8 * 3,
@@ -474,6 +475,9 @@ def test_runs_have_readable_names_and_are_ordinary_commands() -> None:
 
     recipe = runs_of(shipped("table3"), recipe="published", normalisation="image")
     assert recipe[-1].options.optim.planned_steps == 128
+    case = {"name": "fast, or too fast?", "lr": 1.0}
+    (run,) = runs_of(parsed(OWN | {"cases": [case]}))
+    assert run.name == "digits-mocapsnet-blocks-1-fast-or-too-fast-seed-0"
     for run in [*runs_of(shipped("table5"))[-2:], *runs_of(parsed(), limit=5), *recipe[-4:]]:
         options = cli.parse(run.arguments("x"))
         assert dataclasses.replace(options, out=None) == run.options  # type: ignore[type-var]
@@ -482,14 +486,14 @@ def test_runs_have_readable_names_and_are_ordinary_commands() -> None:
 def test_options_of_the_command_line_reach_the_runs() -> None:
     found = shipped("table1")
     keys = runs.select(found, {"dataset": ["cifar10"], "blocks": [3], "seed": [7]})
-    given = {"gamma": 0.5, "mixed_precision": "bf16", "epochs": 2, "channels": 32}
+    given = {"gamma": 0.5, "bundles": True, "mixed_precision": "bf16", "epochs": 2, "channels": 32}
     one, two = runs.build(found, keys, given, {"cifar10": "/images"})
     assert (one.name, two.name) == (
         "cifar10-rescapsnet-blocks-3-seed-7",
         "cifar10-mocapsnet-blocks-3-seed-7",
     )
     for run in (one, two):
-        assert run.options.machine.mixed_precision == "bf16"
+        assert run.options.machine.mixed_precision == "bf16" and run.options.bundles
         assert (run.options.optim.epochs, run.options.model.channels) == (2, 32)
         assert (run.options.data.dataset, run.options.data.data_dir) == ("folder", "/images")
     # Of no use to a network without momentum.
@@ -538,6 +542,11 @@ def test_unknown_options_are_those_of_no_training(command: Command) -> None:
         ({"cases": [3]}, "cases[0]: must be an object of options, not 3"),
         ({"cases": [{"name": "a"}, {"lr": 1}]}, "cases[1]: all cases must have a name, or none"),
         ({"cases": [{"name": 1, "lr": 1}]}, "cases[0].name: must be a text, not 1"),
+        (
+            {"cases": [{"name": "a b", "lr": 1}, {"name": "a/b", "lr": 2}]},
+            "cases[1]: 'a-b' stands there twice",
+        ),
+        ({"cases": [{"name": "/", "lr": 1}]}, "cases[0].name: must have letters or digits"),
         ({"cases": [{"seed": 1}]}, "cases[0].seed: stands in the grid as well"),
         ({"options": {"lr": "fast"}}, "options.lr is 'fast', but must be a number"),
         ({"where": [{"if": {}}]}, 'where[0]: must be {"if": {...}, "then": {...}}'),

@@ -72,7 +72,7 @@ def experiment(command: ExperimentOptions) -> None:
 def _list() -> None:
     print("mocapsnet experiment NAME: experiments that come with the package\n")
     for name in configuration.names():
-        print(f"  {name:<10}{configuration.load(configuration.find(name))['title']}")
+        print(f"  {name:<12}{configuration.load(configuration.find(name))['title']}")
     print("\n--copy FILE writes one of them to a file, to make one of your own of it")
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,11 @@ class Configuration:
     def reserved(self) -> set[str]:
         """Options that the file varies, so that a command line cannot set them for all runs."""
         return {*self.grid, *(name for case in self.cases for name in case.options)}
+
+
+def slug(text: str) -> str:
+    """A text as a part of a folder's name."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
 def names() -> list[str]:
@@ -289,15 +295,19 @@ def _cases(reader: Reader, content: list[Any], grid: dict[str, list[Any]]) -> tu
         for name in options:
             if name in grid:
                 raise reader.error(f"{where}.{name}", "stands in the grid as well")
-        keys = {"case": case["name"]} if "name" in case else dict(options)
         if not isinstance(case.get("name", ""), str):
             raise reader.error(f"{where}.name", f"must be a text, not {case['name']!r}")
+        keys = {"case": case["name"]} if "name" in case else dict(options)
         cases.append(Case(keys, options))
     for i, found in enumerate(cases):
         if found.keys.keys() != cases[0].keys.keys():
             same = "have a name, or none, and without names the same options"
             raise reader.error(f"cases[{i}]", f"all cases must {same}")
-    _check_different(reader, "cases", [case.keys for case in cases])
+    for i, found in enumerate(cases):
+        if "case" in found.keys and not slug(found.keys["case"]):
+            raise reader.error(f"cases[{i}].name", "must have letters or digits, for a folder")
+    called = [slug(found.keys["case"]) if "case" in found.keys else found.keys for found in cases]
+    _check_different(reader, "cases", called)
     return tuple(cases) or (Case({}, {}),)
 
 

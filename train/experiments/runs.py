@@ -13,6 +13,7 @@ from mocapsnet.train.experiments.configuration import (
     Keys,
     combinations,
     fits,
+    slug,
 )
 from mocapsnet.train.option_values import (
     CONV,
@@ -52,7 +53,7 @@ class Run:
             text(value) if name in PLAIN else f"{name.replace('_', '-')}-{text(value)}"
             for name, value in self.keys.items()
         ]
-        return "-".join(parts).replace(" ", "-").replace("/", "-")
+        return "-".join(map(slug, parts))
 
     @property
     def cell(self) -> Keys:

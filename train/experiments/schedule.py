@@ -181,7 +181,7 @@ def _start(run: Run, state: State, folder: Path, slot: int, where: Place) -> Chi
 
 
 # What a run may be given anew when it goes on.
-_ANEW = ("data_dir", "download", "device", "gradient_accumulation")
+_ANEW = ("data_dir", "download", "device", "gradient_accumulation", "bundles")
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
