@@ -13,6 +13,7 @@ import contextvars
 import hashlib
 import importlib
 import importlib.metadata
+import logging
 import os
 import threading
 import time
@@ -45,6 +46,8 @@ _known: dict[tuple[str, torch.device], Verdict] = {}
 """The verdicts that this process has met."""
 
 _verifying = threading.Lock()
+
+_log = logging.getLogger("mocapsnet")
 
 
 def trusted(family: str, device: torch.device) -> bool:
@@ -144,6 +147,7 @@ def _settle(family: str, device: torch.device, again: bool) -> Verdict:
             with verdicts.alone(family, place):
                 verdict = None if again else verdicts.read(family, place)  # another's, by now
                 if verdict is None:
+                    _log.info("verifying the kernels of %s on %s, once", family, place["GPU"])
                     verdict = apart(lambda: compare(family, device))
                     if not verdict.unfinished:
                         verdicts.write(verdict)

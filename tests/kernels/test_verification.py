@@ -70,7 +70,8 @@ def files():
     return sorted(verdicts.folder().glob("*.json"))
 
 
-def test_the_first_call_verifies_and_the_verdict_is_kept(compared, s):
+def test_the_first_call_verifies_and_the_verdict_is_kept(compared, s, caplog):
+    caplog.set_level("INFO", "mocapsnet")
     want = reference.squash(s)
     for _ in range(2):
         torch.testing.assert_close(squash(s), want)
@@ -83,6 +84,9 @@ def test_the_first_call_verifies_and_the_verdict_is_kept(compared, s):
     forget()
     squash(s)
     assert compared == ["squash"]  # another process reads it
+    assert [record.getMessage() for record in caplog.records] == [
+        f"verifying the kernels of squash on {kept['where']['GPU']}, once"
+    ]
 
 
 @pytest.mark.parametrize(
