@@ -24,6 +24,7 @@ class ModelCard:
         epochs: passes over the training images.
         command: the command line that trained it.
         picture: a PNG file of reconstructions, copied beside the card.
+        validation_accuracy: the same of images held out of the training set.
     """
 
     dataset: str | None = None
@@ -31,6 +32,7 @@ class ModelCard:
     epochs: int | None = None
     command: str | None = None
     picture: Path | None = None
+    validation_accuracy: float | None = None
 
     def write(self, path: Path, model: CapsNet) -> None:
         """Write the card of `model` to `path`, and the picture beside it."""
@@ -60,6 +62,9 @@ class ModelCard:
         facts = {
             "data set": self.dataset,
             "test accuracy": None if self.accuracy is None else f"{self.accuracy:.2%}",
+            "validation accuracy": None
+            if self.validation_accuracy is None
+            else f"{self.validation_accuracy:.2%}",
             "epochs": self.epochs,
             "parameters": f"{parameters:,}",
             "blocks of two capsule layers": c.blocks if model.has_capsules else None,

@@ -3,14 +3,16 @@
     RUN/checkpoints/epoch-0003/      the state after epoch 3
         model.safetensors            weights
         optimizer.safetensors        the optimiser's tensors
-        state.json                   its numbers, the learning rate's schedule, the format's version
+        state.json                   its numbers, the learning rate's schedule, the best epoch so
+                                     far, the format's version
 
 There is no state of random generators: what a run draws after its initial weights is drawn anew in
 each epoch, from the seed and the epoch's number.
 
 A checkpoint is written beside its final name and renamed when complete, so a folder named
-epoch-NNNN is always whole. Only the last one is kept: choosing the best by test accuracy would be
-selecting on the test set.
+epoch-NNNN is always whole. The last one is kept, from which a run goes on, and with --keep best the
+one with the best validation accuracy too, which the last one names. Nothing is removed before what
+takes its place is there.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mocapsnet.train.best import Best
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.files import sync_folder, write_whole
 from mocapsnet.train.run_folder import FORMAT, check_format
@@ -81,8 +84,38 @@ def folder(run: Path, epochs_done: int) -> Path:
     return run / "checkpoints" / f"epoch-{epochs_done:04d}"
 
 
-def save(state: State, run: Path, epochs_done: int) -> None:
-    """Write the state after `epochs_done` epochs, then drop the one before it.
+def best(checkpoint: Path) -> Best | None:
+    """The best epoch up to a checkpoint; None if nothing was validated.
+
+    Raises: InputError if the checkpoint is damaged.
+    """
+    path = checkpoint / STATE
+    try:
+        found = json.loads(path.read_bytes()).get("best") if path.exists() else None
+        return None if found is None else Best(int(found["epoch"]), float(found["accuracy"]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}") from error
+
+
+def kept(run: Path, keep: str) -> tuple[Path, int] | None:
+    """The checkpoint of the network that a run has kept, "last" or "best", and its epochs.
+
+    Returns: None as `latest`. Raises: InputError as `latest`, or if it is not there.
+    """
+    found = latest(run)
+    chosen = best(found[0]) if found and keep == "best" else None
+    if chosen is None:
+        return found
+    path = folder(run, chosen.epoch)
+    if not path.is_dir():
+        raise InputError(f"{path}, the checkpoint of the best epoch of {run}, is missing")
+    return path, chosen.epoch
+
+
+def save(
+    state: State, run: Path, epochs_done: int, best: Best | None = None, keep: str = "last"
+) -> None:
+    """Write the state after `epochs_done` epochs, then drop the others, but for a best to keep.
 
     For one process, as all hold the same state. Raises: OSError, with the last checkpoint in place.
     """
@@ -99,6 +132,7 @@ def save(state: State, run: Path, epochs_done: int) -> None:
             "epochs_done": epochs_done,
             "optimizer": optimizer | {"state": numbers},
             "schedule": state.schedule and state.schedule.state_dict(),
+            "best": best and {"epoch": best.epoch, "accuracy": best.accuracy},
         }
         write_whole(partial / WEIGHTS, to_bytes(_plain(state.model.state_dict())))
         write_whole(partial / OPTIMIZER, to_bytes(_plain(tensors)))
@@ -109,6 +143,8 @@ def save(state: State, run: Path, epochs_done: int) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
         raise
+    if best is not None and keep == "best":
+        before.pop(folder(run, best.epoch), None)
     for older in before:
         shutil.rmtree(older, ignore_errors=True)
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from mocapsnet.train.metrics import Row
+from mocapsnet.train.metrics import Row, judged_by
 from mocapsnet.train.options import TrainOptions
 
 # Seconds between two lines where the output is no terminal, and a bar would fill a log.
@@ -92,17 +92,21 @@ class Progress:
 def describe(
     options: TrainOptions,
     model: nn.Module,
-    train_images: int,
-    test_images: int,
+    images: dict[str, int],
     accelerator: Accelerator,
     run: Path,
     epochs_done: int,
 ) -> None:
-    """Print what is trained, on what, where it goes, and what the first step waits for."""
+    """Print what is trained, on what, where it goes, and what the first step waits for.
+
+    Args:
+        images: how many there are for "training", "validation" and "test".
+    """
     parameters = sum(p.numel() for p in model.parameters())
+    counts = [f"{count:,} {name}" for name, count in images.items()]
     print(
         f"{options.model.name}, {options.model.blocks} block(s), {parameters:,} parameters; "
-        f"{options.data.dataset}, {train_images:,} training and {test_images:,} test images; "
+        f"{options.data.dataset}, {', '.join(counts[:-1])} and {counts[-1]} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}\n"
         + (f"continuing {run} after epoch {epochs_done}" if epochs_done else f"writing to {run}")
         + (COMPILING if accelerator.device.type == "cuda" else ""),
@@ -112,10 +116,11 @@ def describe(
 
 def summary(row: Row, epochs: int, left: str) -> str:
     """One line about one epoch; `left` is how long the others will take."""
+    split = judged_by(row)
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
         f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:7.2%}  "
-        f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:7.2%}  "
+        f"{split} loss {row[f'{split}_loss']:.4f}, accuracy {row[f'{split}_accuracy']:7.2%}  "
         f"{row['train_images_per_second']:,.0f} images/s"
         + (f"  {left} left" if row["epoch"] < epochs else "")
     )
@@ -131,7 +136,8 @@ def list_folder(run: Path) -> None:
         "tensorboard": "the same, for TensorBoard",
         "bundles.jsonl": "conflicting bundles of each epoch, see visualize --bundles",
         "model": "the trained network, for mocapsnet.load and mocapsnet predict",
-        "checkpoints": "the state after the last epoch",
+        "result.json": "which epoch's network was kept, and its test",
+        "checkpoints": "the state after the last epoch, and what is kept beside it",
         "learning_curves.png": "loss and accuracy over the epochs",
         "reconstructions.png": "test images beside their reconstructions",
         "confusion_matrix.png": "true against predicted classes",

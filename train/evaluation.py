@@ -71,17 +71,17 @@ class Evaluation:
         """Accuracy on the images of each class that has any, the least first."""
         counts = self.confusion.sum(1)
         shares = {
-            c: float(self.confusion[c, c] / counts[c]) for c in range(len(counts)) if counts[c]
+            c: int(self.confusion[c, c]) / int(counts[c]) for c in range(len(counts)) if counts[c]
         }
         return dict(sorted(shares.items(), key=lambda item: item[1]))
 
-    def row(self) -> Row:
-        """For metrics.jsonl."""
+    def row(self, split: str) -> Row:
+        """For metrics.jsonl; `split` is "test" or "validation"."""
         return {
-            "test_loss": self.loss,
-            "test_margin": self.margin,
-            "test_reconstruction": self.reconstruction,
-            "test_accuracy": self.accuracy,
+            f"{split}_loss": self.loss,
+            f"{split}_margin": self.margin,
+            f"{split}_reconstruction": self.reconstruction,
+            f"{split}_accuracy": self.accuracy,
         }
 
 
@@ -93,6 +93,7 @@ def evaluate(
     images: data.ImageSet,
     batch_size: int,
     target: str = "pixels",
+    text: str = "testing",
 ) -> Evaluation:
     """Run the model over all images, as they are; the decoder gets the predicted class.
 
@@ -110,7 +111,7 @@ def evaluate(
     parts = [torch.zeros(3, device=device)]
     # Of each image: predicted class, lengths of the true and of this class's capsule, margin loss.
     found = torch.zeros(len(images), 4, device=device)
-    with console.Progress("testing", len(images), accelerator.is_main_process) as progress:
+    with console.Progress(text, len(images), accelerator.is_main_process) as progress:
         for batch in torch.arange(len(images), device=device).split(batch_size):
             share = batch.tensor_split(accelerator.num_processes)[accelerator.process_index]
             if len(share):

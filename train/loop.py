@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from mocapsnet.train import (
     console,
     memory,
     model_folder,
+    result,
     run_folder,
     start,
 )
-from mocapsnet.train.data import ImageSet
+from mocapsnet.train.best import Best, better, gave_up
+from mocapsnet.train.data import ImageSet, hold_out
 from mocapsnet.train.errors import Diverged, Failed, InputError, Interrupted, what_failed
 from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.metrics import MetricsLog, Row
@@ -41,6 +44,23 @@ from mocapsnet.train.prepare import (
 from mocapsnet.train.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class Images:
+    """The images of a run; those to validate with, where some are held out."""
+
+    train: ImageSet
+    validation: ImageSet | None
+    test: ImageSet
+
+    def judging(self) -> tuple[str, ImageSet]:
+        """What every epoch is judged by, and its name."""
+        return ("test", self.test) if self.validation is None else ("validation", self.validation)
+
+    def counts(self) -> dict[str, int]:
+        sets = {"training": self.train, "validation": self.validation, "test": self.test}
+        return {name: len(images) for name, images in sets.items() if images is not None}
+
+
 def train(options: TrainOptions) -> Path:
     """Train, or continue, as `options` (resolved) say.
 
@@ -54,41 +74,65 @@ def train(options: TrainOptions) -> Path:
     with ExitStack() as held:
         if not new:
             held.enter_context(run_folder.claimed(run, accelerator, new=False))
-            if finished(run, options):
+            ended = finished(run, options)
+            if ended is not None:
                 if accelerator.is_main_process:
-                    epochs = options.optim.epochs
-                    print(f"{run} is finished, {epochs} of {epochs} epochs; give --epochs to go on")
+                    print(ended)
                 return run
-        train_set, test_set = load_data(options.data, accelerator, options.optim.seed)
+        images = _images(options, accelerator)
         if not new:
-            run_folder.check_images(run, train_set)
-        options = settled(options, train_set)
-        _check_fit(options, train_set, accelerator)
-        model = build(options, train_set)
+            run_folder.check_images(run, images.train)
+        options = settled(options, images.train)
+        _check_fit(options, images.train, accelerator)
+        model = build(options, images.train)
         if new:
             held.enter_context(run_folder.claimed(run, accelerator, new=True))
-        _train(options, run, accelerator, model, train_set, test_set)
+        _train(options, run, accelerator, model, images)
     accelerator.end_training()
     return run
 
 
-def finished(run: Path, options: TrainOptions) -> bool:
-    """Whether a run has nothing left to do. Raises: InputError if it has done more than asked."""
+def _images(options: TrainOptions, accelerator: Accelerator) -> Images:
+    train_set, test_set = load_data(options.data, accelerator, options.optim.seed)
+    share = options.watch.validation_share
+    if share is None:
+        return Images(train_set, None, test_set)
+    return Images(*hold_out(train_set, share, options.data.split_seed), test_set)
+
+
+def finished(run: Path, options: TrainOptions) -> str | None:
+    """What to say of a run that has nothing left to do; None if it has.
+
+    Raises: InputError if it has done more than asked.
+    """
     found = checkpoints.latest(run)
     if found is None:
-        return False
+        return None
     checkpoint, done = found
-    if options.optim.epochs < done:
+    epochs = options.optim.epochs
+    if epochs < done:
         raise InputError(
-            f"--epochs {options.optim.epochs}: {run} has done {done} epochs already; give more to "
-            "go on"
+            f"--epochs {epochs}: {run} has done {done} epochs already; give more to go on"
         )
+    best = checkpoints.best(checkpoint)
+    stopped = gave_up(best, done, options.watch.patience)
     # The last thing that a run writes. One that was killed just before writes it when continued.
     card = run / model_folder.FOLDER / "README.md"
     written = (checkpoint / checkpoints.STATE, card, run / "confusion_matrix.png")
-    if options.optim.epochs > done or not all(path.exists() for path in written):
-        return False
-    return card.stat().st_mtime >= written[-1].stat().st_mtime >= written[0].stat().st_mtime
+    if (epochs > done and not stopped) or not all(path.exists() for path in written):
+        return None
+    if not card.stat().st_mtime >= written[-1].stat().st_mtime >= written[0].stat().st_mtime:
+        return None
+    if epochs > done:
+        return f"{run} {_why_early(best, done, options)}; give a larger --patience to go on"
+    return f"{run} is finished, {epochs} of {epochs} epochs; give --epochs to go on"
+
+
+def _why_early(best: Best | None, done: int, options: TrainOptions) -> str:
+    return (
+        f"stopped early after epoch {done} of {options.optim.epochs}: {options.watch.patience} "
+        f"epochs brought no better validation accuracy than {best}"
+    )
 
 
 def _check_fit(options: TrainOptions, train_set: ImageSet, accelerator: Accelerator) -> None:
@@ -103,36 +147,35 @@ def _train(
     run: Path,
     accelerator: Accelerator,
     bare_model: CapsNet,
-    train_set: ImageSet,
-    test_set: ImageSet,
+    images: Images,
 ) -> None:
     """The epochs of a run, from its last checkpoint, and its end."""
-    batch_size, epochs = options.optim.batch_size, options.optim.epochs
-    target = options.optim.reconstruction_target
-    steps_per_epoch = -(-len(train_set) // batch_size)
+    batch_size, epochs, watch = options.optim.batch_size, options.optim.epochs, options.watch
+    count = len(images.train)
     optimizer, schedules = build_optimizer(
-        options.optim, bare_model.parameters(), epochs * steps_per_epoch
+        options.optim, bare_model.parameters(), epochs * -(-count // batch_size)
     )
     model, optimizer = accelerator.prepare(bare_model, optimizer)
     state = checkpoints.State(bare_model, optimizer, schedules.epoch or schedules.step)
     found = checkpoints.latest(run)
+    best: Best | None = None
     if found is not None:
-        checkpoint, epochs_done = found
+        checkpoint, done = found
         checkpoints.restore(checkpoint, state)
+        best = checkpoints.best(checkpoint)
+        checkpoints.kept(run, watch.keep)  # or the end would miss it
     else:
-        checkpoint, epochs_done = checkpoints.folder(run, 0), 0
+        checkpoint, done = checkpoints.folder(run, 0), 0
     accelerator.wait_for_everyone()
     log = None
     if accelerator.is_main_process:
-        run_folder.write_config(run, options, train_set)
+        run_folder.write_config(run, options, images.train)
         if found is None:  # also a run that is stopped in its first epoch can be resumed
             if options.bundles:
-                bundles.record(run, bare_model, train_set, options.optim, 0)
+                bundles.record(run, bare_model, images.train, options.optim, 0)
             checkpoints.save(state, run, 0)
-        log = MetricsLog(run, epochs_done)
-        console.describe(
-            options, bare_model, len(train_set), len(test_set), accelerator, run, epochs_done
-        )
+        log = MetricsLog(run, done)
+        console.describe(options, bare_model, images.counts(), accelerator, run, done)
 
     criterion = make_criterion(options)
     trainer = Trainer(
@@ -140,63 +183,87 @@ def _train(
         model,
         criterion,
         optimizer,
-        train_set,
+        images.train,
         bare_model.preprocessing,
         options,
         schedules.step,
     )
-    if log is not None and epochs_done == 0:
+    if log is not None and done == 0:
         start.write(run, trainer, bare_model)
-    tested: Evaluation | None = None
-    epoch = epochs_done
+    split, judging = images.judging()
+
+    def judge(by: ImageSet, text: str) -> Evaluation:
+        target = options.optim.reconstruction_target
+        return evaluate(accelerator, bare_model, criterion, by, batch_size, target, text)
+
+    judged: Evaluation | None = None
     resume = f"mocapsnet train --resume {run}"
     try:
         with terminate_as_interrupt():
-            for epoch in range(epochs_done, epochs):
-                row = trainer.epoch(epoch, f"last good checkpoint: {checkpoint}")
+            while done < epochs and not gave_up(best, done, watch.patience):
+                row = trainer.epoch(done, f"last good checkpoint: {checkpoint}")
                 if schedules.epoch is not None:
                     schedules.epoch.step()
-                tested = evaluate(accelerator, bare_model, criterion, test_set, batch_size, target)
-                row |= tested.row()
-                _check_finite(bare_model, tested, row, checkpoint)
+                judged = judge(judging, "testing" if split == "test" else "validating")
+                row |= judged.row(split)
+                _check_finite(bare_model, split, judged, row, checkpoint)
+                if images.validation is not None:
+                    best = better(best, done + 1, judged.accuracy)
                 if log is not None:
                     log.append(row)
-                    start.note_losses(run, epoch, trainer.steps, len(train_set), batch_size)
-                    left = trainer.clock.left(len(train_set) * (epochs - epoch - 1))
+                    start.note_losses(run, done, trainer.steps, count, batch_size)
+                    left = trainer.clock.left(count * (epochs - done - 1))
                     print(console.summary(row, epochs, left), flush=True)
                     if options.bundles:
-                        bundles.record(run, bare_model, train_set, options.optim, epoch + 1)
-                    checkpoints.save(state, run, epoch + 1)
-                    model_folder.write(run, bare_model, options, tested.accuracy, epoch + 1)
-                checkpoint = checkpoints.folder(run, epoch + 1)
+                        bundles.record(run, bare_model, images.train, options.optim, done + 1)
+                    checkpoints.save(state, run, done + 1, best, watch.keep)
+                    if best is None or watch.keep == "last" or best.epoch == done + 1:
+                        accuracies = (row.get("test_accuracy"), row.get("validation_accuracy"))
+                        model_folder.write(run, bare_model, options, done + 1, *accuracies)
+                done += 1
+                checkpoint = checkpoints.folder(run, done)
                 accelerator.wait_for_everyone()
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped in epoch {epoch + 1}; continue with: {resume}") from None
+        raise Interrupted(f"stopped in epoch {done + 1}; continue with: {resume}") from None
     except Exception as error:
         said = what_failed(error)
         if said is None:
             raise
         raise Failed(
-            f"{said}; stopped in epoch {epoch + 1}. The last checkpoint, {checkpoint}, is whole; "
+            f"{said}; stopped in epoch {done + 1}. The last checkpoint, {checkpoint}, is whole; "
             f"continue with: {resume}"
         ) from error
-    if tested is None:
-        tested = evaluate(accelerator, bare_model, criterion, test_set, batch_size, target)
+    kept = done
+    if best is not None and watch.keep == "best":
+        kept = best.epoch
+        checkpoints.load_weights(checkpoints.folder(run, kept), bare_model)
+    if split == "test" and judged is not None:
+        tested = judged
+    else:
+        tested = judge(images.test, "testing")
     if log is not None:
         log.close()
-        write_pictures(run, log.rows, bare_model, test_set, tested)
-        model_folder.write(run, bare_model, options, tested.accuracy, epochs)
+        early = done < epochs
+        if early:
+            print(_why_early(best, done, options))
+        print(result.sentence(tested, kept, best, watch.keep))
+        write_pictures(run, log.rows, bare_model, images.test, tested, kept)
+        result.write(run, kept, done, early, best, tested, images.test)
+        validated = {row["epoch"]: row.get("validation_accuracy") for row in log.rows}.get(kept)
+        model_folder.write(run, bare_model, options, kept, tested.accuracy, validated)
         console.list_folder(run)
 
 
-def _check_finite(model: nn.Module, tested: Evaluation, row: Row, checkpoint: Path) -> None:
+def _check_finite(
+    model: nn.Module, split: str, judged: Evaluation, row: Row, checkpoint: Path
+) -> None:
     """Keep a state that is not finite from becoming a checkpoint."""
     weights = torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all()
-    if not (weights and torch.isfinite(torch.tensor(tested.loss))):
+    if not (weights and torch.isfinite(torch.tensor(judged.loss))):
         raise Diverged(
-            f"after step {row['step']} (epoch {row['epoch']}) the weights or the test loss are not "
-            f"finite: test loss {tested.loss}, margin {tested.margin}, reconstruction "
-            f"{tested.reconstruction}; last good checkpoint: {checkpoint}"
+            f"after step {row['step']} (epoch {row['epoch']}) the weights or the {split} loss are "
+            f"not finite: {split} loss {judged.loss}, margin {judged.margin}, reconstruction "
+            f"{judged.reconstruction}; last good checkpoint: {checkpoint}"
         )
 
 

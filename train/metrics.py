@@ -85,14 +85,18 @@ def _row(line: bytes) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
-    needed = {
-        "epoch",
-        "step",
-        *(f"{split}_{part}" for split in ("train", "test") for part in PARTS),
-    }
-    if not isinstance(row, dict) or not needed <= row.keys():
+    if not isinstance(row, dict):
+        return None
+    splits = ("train", judged_by(row))
+    needed = {"epoch", "step", *(f"{split}_{part}" for split in splits for part in PARTS)}
+    if not needed <= row.keys():
         return None
     return row if all(type(value) in (int, float) for value in row.values()) else None
+
+
+def judged_by(row: Row) -> str:
+    """The images that an epoch was judged by: "validation" where some are held out, else "test"."""
+    return "validation" if "validation_accuracy" in row else "test"
 
 
 def describe_damage(path: Path, damaged: dict[int, bytes]) -> str:

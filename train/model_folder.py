@@ -13,7 +13,12 @@ FOLDER = "model"
 
 
 def write(
-    run: Path, model: CapsNet, options: TrainOptions, accuracy: float, epochs_done: int
+    run: Path,
+    model: CapsNet,
+    options: TrainOptions,
+    epochs_done: int,
+    test_accuracy: float | None,
+    validation_accuracy: float | None = None,
 ) -> Path:
     """Write the network as it is after `epochs_done` epochs; returns RUN/model.
 
@@ -23,7 +28,8 @@ def write(
     command = json.loads((run / "config.json").read_text())["commands"][0]
     card = ModelCard(
         dataset=options.data.dataset,
-        accuracy=accuracy,
+        accuracy=test_accuracy,
+        validation_accuracy=validation_accuracy,
         epochs=epochs_done,
         command=shlex.join(["mocapsnet", *command[1:]]),
         picture=picture if picture.exists() else None,

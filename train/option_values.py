@@ -26,15 +26,17 @@ from mocapsnet.train.options import (
     OptimOptions,
     RecipeName,
     TrainOptions,
+    WatchOptions,
 )
 
 # What may differ between a run and its continuation: the result does not depend on it, but for
-# epochs, which only says how far to go.
+# epochs and patience, which only say how far to go.
 RESUMABLE = {
     "data.data_dir",
     "data.download",
     "optim.epochs",
     "optim.gradient_accumulation",
+    "watch.patience",
     "machine.device",
     "resume",
     "bundles",
@@ -66,6 +68,7 @@ _GROUPS: dict[str, type] = {
     "model": ModelOptions,
     "conv": ConvOptions,
     "optim": OptimOptions,
+    "watch": WatchOptions,
     "machine": MachineOptions,
 }
 
@@ -117,7 +120,12 @@ def preprocessing(options: DataOptions) -> Preprocessing:
 def _check_ranges(options: TrainOptions) -> None:
     values = flat(options)
     positive = "optim.epochs optim.batch_size optim.gradient_accumulation optim.lr data.limit"
-    for name in [*positive.split(), "data.image_size", "optim.planned_steps"]:
+    for name in [
+        *positive.split(),
+        "data.image_size",
+        "optim.planned_steps",
+        "watch.patience",
+    ]:
         if values[name] is not None and not 0 < values[name] < math.inf:
             raise InputError(f"{flag(name)} must be greater than 0, got {values[name]}")
     seeds = ["optim.seed", "data.split_seed"]
@@ -129,9 +137,9 @@ def _check_ranges(options: TrainOptions) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and number >= 2**bits:
                 raise InputError(f"{flag(name)} must be below 2^{bits}, got {number}")
-    share = options.data.test_share
-    if share is not None and not 0 < share < 1:
-        raise InputError(f"--test-share must be between 0 and 1, got {share}")
+    for name in ("data.test_share", "watch.validation_share"):
+        if values[name] is not None and not 0 < values[name] < 1:
+            raise InputError(f"{flag(name)} must be between 0 and 1, got {values[name]}")
     if not 0 < options.data.crop_area <= 1:
         raise InputError(f"--crop-area must be above 0 and at most 1, got {options.data.crop_area}")
     parts, batch_size = options.optim.gradient_accumulation, options.optim.batch_size
@@ -153,9 +161,20 @@ def _check_use(options: TrainOptions) -> None:
 
     if options.data.dataset != "folder":
         refuse(
-            [f"data.{n}" for n in ("image_size", "test_share", "split_seed", "broken_images")],
+            [f"data.{n}" for n in ("image_size", "test_share", "broken_images")],
             f"is for --dataset folder; {options.data.dataset} has images of one size and a test "
             "set of its own",
+        )
+    if options.watch.validation_share is None:
+        if options.data.dataset != "folder":
+            refuse(
+                ["data.split_seed"],
+                "is for --validation-share and for --dataset folder; nothing is held out here",
+            )
+        refuse(
+            ["watch.keep", "watch.patience"],
+            "needs --validation-share, such as 0.1: what is chosen on the test images would be "
+            "better on them than on any others",
         )
     name = options.model.name
     if name not in ("mocapsnet", CONV):

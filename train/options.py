@@ -115,7 +115,7 @@ class DataOptions:
     """With --dataset folder and no test folder, the share of each class that is held out (None: a
     fifth)."""
     split_seed: int = 0
-    """Seed of which images are held out; not --seed, so that runs are tested alike."""
+    """Seed of which images are held out; not --seed, so that runs are compared on the same ones."""
     broken_images: Literal["refuse", "skip"] = "refuse"
     """With --dataset folder, what to do with images that cannot be read."""
 
@@ -240,6 +240,21 @@ class OptimOptions:
 
 
 @dataclass(frozen=True)
+class WatchOptions:
+    """What is watched while it trains, and what is kept of it."""
+
+    validation_share: float | None = None
+    """Share of each class of the training images that is held out and validated with after every
+    epoch; the test images then are used once, at the end (None: tested after every epoch). Which
+    images those are is drawn from --split-seed."""
+    keep: Literal["last", "best"] = "last"
+    """The network to report and to use: after the last epoch, or after the one with the best
+    validation accuracy, whose checkpoint is kept beside the last."""
+    patience: int | None = None
+    """Stop when so many epochs have not brought a better validation accuracy (None: never)."""
+
+
+@dataclass(frozen=True)
 class MachineOptions:
     """Where it runs."""
 
@@ -257,6 +272,7 @@ class TrainOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     conv: ConvOptions = field(default_factory=ConvOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     recipe: RecipeName | None = None
     """Other defaults: published, those of the published code, where it departs from the paper; an
@@ -264,8 +280,8 @@ class TrainOptions:
     out: str | None = None
     """Run folder, new or empty (None: runs/DATASET-MODEL-TIME)."""
     resume: str | None = None
-    """Run folder to continue. Its options are kept; --epochs, --data-dir, --download, --device,
-    --gradient-accumulation and --bundles may be given anew."""
+    """Run folder to continue. Its options are kept; --epochs, --patience, --data-dir, --download,
+    --device, --gradient-accumulation and --bundles may be given anew."""
     bundles: bool = False
     """Measure before training and after every epoch which layers no longer tell training images of
     different classes apart (conflicting bundles); `mocapsnet visualize RUN --bundles` draws it."""
@@ -287,7 +303,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure the test accuracy of runs' last checkpoints, also on moved and on overlapping images:
+    """Measure the test accuracy of the networks that runs have kept, also on moved and on overlapping images:
     of one run in words, of several, or on such images, as a Markdown table."""
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
@@ -319,8 +335,8 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class VisualizeOptions(RunOptions):
-    """Draw the pictures of a run again, from its metrics and last checkpoint, and what goes on
-    inside the network: what the dimensions of class capsules stand for, couplings, lengths."""
+    """Draw the pictures of a run again, from its metrics and the network it has kept, and what goes
+    on inside that: what the dimensions of class capsules stand for, couplings, lengths."""
 
     image: str = "0"
     """Whose couplings are drawn: a test image's number, counted from 0, or an image file."""

@@ -12,15 +12,24 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from mocapsnet import CapsNet
 from mocapsnet.train import data
 from mocapsnet.train.evaluation import Evaluation, Judged
-from mocapsnet.train.metrics import Row
+from mocapsnet.train.metrics import Row, judged_by
 from mocapsnet.train.pictures.mistakes import mistakes_figure, worst
 from mocapsnet.train.pictures.pairs import pairs_figure, side_by_side
 
 
 def write_pictures(
-    run: Path, rows: list[Row], model: CapsNet, test_set: data.ImageSet, tested: Evaluation
+    run: Path,
+    rows: list[Row],
+    model: CapsNet,
+    test_set: data.ImageSet,
+    tested: Evaluation,
+    kept: int,
 ) -> list[Path]:
-    """Draw reconstructions, confusion matrix, worst images and (given rows) learning curves."""
+    """Draw reconstructions, confusion matrix, worst images and (given rows) learning curves.
+
+    Args:
+        tested: the result of the network after epoch `kept`.
+    """
     figures = {}
     if model.decoder is not None:
         figures["reconstructions"] = reconstructions(model, test_set)
@@ -29,7 +38,7 @@ def write_pictures(
     names = [test_set.name(label) for label in range(len(tested.confusion))]
     figures["confusion_matrix"] = confusion_matrix(tested, names)
     if rows:
-        figures["learning_curves"] = learning_curves(rows, model.class_loss)
+        figures["learning_curves"] = learning_curves(rows, model.class_loss, kept, tested)
     paths = []
     for name, figure in figures.items():
         FigureCanvasAgg(figure)
@@ -38,23 +47,40 @@ def write_pictures(
     return paths
 
 
-def learning_curves(rows: list[Row], class_loss: str = "margin loss") -> Figure:
-    """Accuracy and the two parts of the loss after each epoch; one, where nothing is drawn."""
+def learning_curves(
+    rows: list[Row],
+    class_loss: str = "margin loss",
+    kept: int | None = None,
+    tested: Evaluation | None = None,
+) -> Figure:
+    """Accuracy and the two parts of the loss after each epoch; one, where nothing is drawn.
+
+    Args:
+        kept, tested: an epoch and the test of the network after it, shown where the epochs were
+            not tested but validated.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     epochs = [row["epoch"] for row in rows]
+    split = judged_by(rows[-1])
     # One epoch is a point, not a line.
     marker = "o" if len(rows) < 20 else None
+    said = f"{split}, last: {rows[-1][f'{split}_accuracy']:.2%}"
+    if split == "validation" and tested is not None:
+        said = f"test, epoch {kept}: {tested.accuracy:.2%}"
     panels = {
-        "accuracy": f"Accuracy (test, last: {rows[-1]['test_accuracy']:.2%})",
+        "accuracy": f"Accuracy ({said})",
         "margin": f"{class_loss.capitalize()} per image",
         "reconstruction": "Squared reconstruction error per image",
     }
     if not any(row["train_reconstruction"] for row in rows):
         del panels["reconstruction"]
     for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for split, colour in (("train", "tab:blue"), ("test", "tab:orange")):
-            values = [row[f"{split}_{name}"] for row in rows]
-            axes.plot(epochs, values, color=colour, marker=marker, ms=3, label=split)
+        for shown, colour in (("train", "tab:blue"), (split, "tab:orange")):
+            values = [row[f"{shown}_{name}"] for row in rows]
+            axes.plot(epochs, values, color=colour, marker=marker, ms=3, label=shown)
+        if split == "validation" and tested is not None:
+            value, label = getattr(tested, name), f"test, epoch {kept}"
+            axes.plot([kept], [value], "*", color="tab:green", ms=11, label=label)
         axes.set(xlabel="epoch", title=title)
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)  # a single epoch has a width too
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,4 +1,4 @@
-"""`mocapsnet evaluate` and `mocapsnet visualize`: what a run's last checkpoint can do."""
+"""`mocapsnet evaluate` and `mocapsnet visualize`: what the network that a run has kept can do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mocapsnet.train import bundles, checkpoints
-from mocapsnet.train.data import ImageSet
+from mocapsnet.train.data import ImageSet, hold_out
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.evaluation import Evaluation, Judged, evaluate
 from mocapsnet.train.metrics import describe_damage, read_rows
@@ -28,25 +28,26 @@ from mocapsnet.train.run_folder import check_images, read_config
 SHOWN = 20
 
 
-def last_checkpoint(run: Path) -> tuple[TrainOptions, Path, int]:
-    """A run's options, and its last checkpoint with the number of epochs done.
+def kept_checkpoint(run: Path) -> tuple[TrainOptions, Path, int]:
+    """A run's options, and the checkpoint of the network that it has kept, with its epochs.
 
     Raises: InputError if there is none.
     """
     options = read_config(run)
-    found = checkpoints.latest(run)
+    found = checkpoints.kept(run, options.watch.keep)
     if found is None:
         raise InputError(f"{run} was stopped before it began; mocapsnet train --resume {run}")
     return options, *found
 
 
 def report(command: RunOptions) -> Evaluation:
-    """Print the test accuracy of a run's last checkpoint, and draw the pictures if asked for them.
+    """Print the test accuracy of the network that a run has kept; draw pictures if asked for them.
 
     Raises: InputError if the run, its data or the device cannot be used.
     """
     run = Path(command.run)
-    options, checkpoint, epochs_done = last_checkpoint(run)
+    options, checkpoint, kept = kept_checkpoint(run)
+    which = ", the best by validation accuracy" if options.watch.keep == "best" else ""
     source = dataclasses.replace(
         options.data,
         data_dir=command.data_dir or options.data.data_dir,
@@ -56,6 +57,9 @@ def report(command: RunOptions) -> Evaluation:
     make_repeatable(options.optim.seed)
     train_set, test_set = load_data(source, accelerator, options.optim.seed)
     check_images(run, test_set)
+    if options.watch.validation_share is not None:  # those that the run trained with
+        share, seed = options.watch.validation_share, options.data.split_seed
+        train_set, _ = hold_out(train_set, share, seed)
     if isinstance(command, VisualizeOptions):  # before anything takes long
         from mocapsnet.train.pictures import inside
 
@@ -77,7 +81,7 @@ def report(command: RunOptions) -> Evaluation:
         if not model.has_capsules:
             parts = model.class_loss
         print(
-            f"{run}, after epoch {epochs_done}: test accuracy {tested.accuracy:.2%} "
+            f"{run}, after epoch {kept}{which}: test accuracy {tested.accuracy:.2%} "
             f"({tested.correct:,} of {tested.images:,}), loss {tested.loss:.4f} "
             f"({parts})"
         )
@@ -102,14 +106,15 @@ def report(command: RunOptions) -> Evaluation:
             if damaged:
                 what = describe_damage(run / "metrics.jsonl", damaged)
                 print(f"mocapsnet: warning: {what}", file=sys.stderr)
-            rows = [row for row in rows if row["epoch"] <= epochs_done]
-            for path in write_pictures(run, rows, model, test_set, tested):
+            last = max(checkpoints.whole(run).values())
+            rows = [row for row in rows if row["epoch"] <= last]
+            for path in write_pictures(run, rows, model, test_set, tested, kept):
                 print(path)
             assert tested.judged is not None
             for line in inside.write(run, model, test_set, options, chosen, tested.judged):
                 print(line, flush=True)
             if command.bundles and model.has_capsules:
-                measured = bundles.history(run, model, train_set, options.optim, epochs_done)
+                measured = bundles.history(run, model, train_set, options.optim, last)
                 for line in inside.write_bundles(run, model, measured):
                     print(line)
     accelerator.end_training()

@@ -20,7 +20,7 @@ from mocapsnet.train.data.motion import Motion, both_right, move, overlap
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import EvaluateOptions, MachineOptions, RunOptions, TrainOptions
 from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
-from mocapsnet.train.reports import last_checkpoint, report
+from mocapsnet.train.reports import kept_checkpoint, report
 from mocapsnet.train.run_folder import check_images
 
 COLUMNS = {"accuracy": "as they are", "moved": "moved", "overlap": "two overlapping"}
@@ -40,7 +40,7 @@ def evaluate_runs(command: EvaluateOptions) -> None:
         return
     accelerator = make_accelerator(MachineOptions(device=command.device))
     make_repeatable(command.seed)
-    runs = [(Path(run), *last_checkpoint(Path(run))) for run in command.runs]
+    runs = [(Path(run), *kept_checkpoint(Path(run))) for run in command.runs]
     with contextlib.redirect_stdout(sys.stderr) if command.json else contextlib.nullcontext():
         test_set = _test_set(command, runs, accelerator)
         facts: dict[str, Any] = {"images": len(test_set), "seed": command.seed}

@@ -4,6 +4,7 @@
     RUN/metrics.jsonl                the numbers of each epoch, see metrics.py
     RUN/checkpoints/                 the state to go on from, see checkpoints.py
     RUN/model/                       the trained network, see model_folder.py
+    RUN/result.json                  what was kept, and its test, see result.py
 
 Nothing in a run folder can run when it is read: there are no pickles, only JSON and safetensors.
 """
@@ -34,7 +35,7 @@ from mocapsnet.train.options import TrainOptions
 
 # Of config.json and of checkpoints. 0, which they do not name: training state in pickles. A new
 # option needs a new format: in files of an older one an option that is missing has its default.
-FORMAT = 4
+FORMAT = 5
 
 CONFIG = "config.json"
 LOCK, HOLDER = ".lock", ".lock-holder.json"

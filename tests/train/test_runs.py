@@ -57,6 +57,7 @@ def test_two_epochs_on_digits_from_the_command_line() -> None:
         "metrics.jsonl",
         "start.json",
         "tensorboard",
+        "result.json",
         "checkpoints",
         "model",
         *PICTURES,

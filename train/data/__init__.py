@@ -4,6 +4,7 @@
     builtin.py      the data sets with a name: the embedded digits, MNIST, SVHN, CIFAR, ...
     folder.py       any folder of images, decoded by decode.py and kept by cache.py
     motion.py       images moved at random, and two in one, for tests
+    validation.py   holds a part of the training images out
     transforms.py   crops, and the order of an epoch
     augment.py      the views of an epoch: crops, flips; mixtures of images
 
@@ -18,6 +19,7 @@ from mocapsnet.train.data.augment import Views, epoch_views, mixed, view
 from mocapsnet.train.data.builtin import FILES, SHAPES
 from mocapsnet.train.data.image_set import ImageSet, image_set
 from mocapsnet.train.data.transforms import epoch_order, random_crop, test_offsets
+from mocapsnet.train.data.validation import hold_out
 from mocapsnet.train.options import DataOptions
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Views",
     "epoch_order",
     "epoch_views",
+    "hold_out",
     "image_set",
     "load",
     "mixed",

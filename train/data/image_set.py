@@ -42,6 +42,11 @@ class ImageSet:
     def to(self, device: torch.device) -> ImageSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    def take(self, indices: Tensor) -> ImageSet:
+        """These images, in this order."""
+        indices = indices.to(self.labels.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
     def first(self, count: int | None) -> ImageSet:
         """The first `count` images, or all of them."""
         return replace(self, images=self.images[:count], labels=self.labels[:count])

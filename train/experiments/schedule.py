@@ -21,7 +21,7 @@ from mocapsnet.train.errors import Interrupted
 from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.states import Failures, State, last_words, state_of
 from mocapsnet.train.loop import terminate_as_interrupt
-from mocapsnet.train.metrics import read_rows
+from mocapsnet.train.metrics import judged_by, read_rows
 from mocapsnet.train.option_values import arguments
 from mocapsnet.train.run_folder import CONFIG, LOG
 
@@ -202,8 +202,9 @@ def _tell_epochs(child: Child, folder: Path) -> None:
     rows = read_rows(folder).rows
     if rows and rows[-1]["epoch"] > child.epochs:
         child.epochs = rows[-1]["epoch"]
-        accuracy, epochs = rows[-1]["test_accuracy"], child.run.options.optim.epochs
-        _say(child.run, f"epoch {child.epochs}/{epochs}, test accuracy {accuracy:.2%}")
+        split, epochs = judged_by(rows[-1]), child.run.options.optim.epochs
+        accuracy = rows[-1][f"{split}_accuracy"]
+        _say(child.run, f"epoch {child.epochs}/{epochs}, {split} accuracy {accuracy:.2%}")
 
 
 def _outcome(child: Child, code: int, folder: Path) -> tuple[State, str]:

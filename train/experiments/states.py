@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from mocapsnet.train import result
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.experiments.runs import Run, difference
 from mocapsnet.train.files import write_whole
@@ -32,7 +33,8 @@ class State:
         kind: "missing", "interrupted", "failed", "running", "finished", or "other" for a folder
             that holds a run of other options.
         epochs: that are done.
-        accuracy: of the last one on the test images, in 0..1; None before the first.
+        accuracy: of the last one on the test images, in 0..1, or of the one that is kept where the
+            epochs are not tested but validated; None before there is one.
         seconds: that an epoch takes, tests not included, by the median; None before the first.
         reason: of "failed", "running" and "other", in one line.
     """
@@ -70,7 +72,7 @@ def state_of(run: Run, folder: Path, failure: str | None) -> State:
         return State("failed", reason=failure) if failure else State("missing")
     rows = read_rows(folder).rows
     epochs = rows[-1]["epoch"] if rows else 0
-    accuracy = rows[-1]["test_accuracy"] if rows else None
+    accuracy = rows[-1].get("test_accuracy") if rows else None
     times = sorted(row["train_seconds"] for row in rows if "train_seconds" in row)
     seconds = times[len(times) // 2] if times else None
 
@@ -91,6 +93,8 @@ def state_of(run: Run, folder: Path, failure: str | None) -> State:
         if in_use(folder):
             return state("running", holder(folder))
         if finished(folder, run.options):
+            # With a validation share only the network that is kept is tested, at the end.
+            accuracy = result.test_accuracy(folder) if accuracy is None else accuracy
             return state("finished")
     except InputError as error:
         return state("failed", str(error))
