@@ -23,6 +23,7 @@ from mocapsnet.train import (
     result,
     run_folder,
     start,
+    tracking,
 )
 from mocapsnet.train.best import Best, better, gave_up
 from mocapsnet.train.data import ImageSet, hold_out
@@ -67,6 +68,7 @@ def train(options: TrainOptions) -> Path:
     Returns: the run folder.
     Raises: InputError before anything is written; Diverged; Interrupted; Failed.
     """
+    tracking.check(options.watch.track)
     accelerator = make_accelerator(options.machine, options.optim.gradient_accumulation)
     make_repeatable(options.optim.seed)
     run = run_folder.choose(options)
@@ -87,6 +89,7 @@ def train(options: TrainOptions) -> Path:
         model = build(options, images.train)
         if new:
             held.enter_context(run_folder.claimed(run, accelerator, new=True))
+        held.callback(tracking.close, accelerator)
         _train(options, run, accelerator, model, images)
     accelerator.end_training()
     return run
@@ -167,6 +170,7 @@ def _train(
     else:
         checkpoint, done = checkpoints.folder(run, 0), 0
     accelerator.wait_for_everyone()
+    tracking.start(accelerator, run, options, done)
     log = None
     if accelerator.is_main_process:
         run_folder.write_config(run, options, images.train)
@@ -211,6 +215,8 @@ def _train(
                     best = better(best, done + 1, judged.accuracy)
                 if log is not None:
                     log.append(row)
+                    tracking.log(accelerator, row, done + 1)
+                    tracking.log_reconstructions(accelerator, bare_model, judging, done + 1)
                     start.note_losses(run, done, trainer.steps, count, batch_size)
                     left = trainer.clock.left(count * (epochs - done - 1))
                     print(console.summary(row, epochs, left), flush=True)
@@ -241,8 +247,8 @@ def _train(
         tested = judged
     else:
         tested = judge(images.test, "testing")
+        tracking.log(accelerator, tested.row("test"), done)
     if log is not None:
-        log.close()
         early = done < epochs
         if early:
             print(_why_early(best, done, options))

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON line per epoch, and the same numbers for TensorBoard."""
+"""The record of a run: one JSON line per epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = ("loss", "margin", "reconstruction", "accuracy")
 
 
 class MetricsLog:
-    """RUN/metrics.jsonl and RUN/tensorboard/, cut back to the checkpoint the run goes on from.
+    """RUN/metrics.jsonl, cut back to the checkpoint the run goes on from.
 
     A line is written before the checkpoint of its epoch. After a kill there may therefore be one
     line more than the checkpoint knows, or a torn one; both are dropped here and written again.
@@ -24,8 +24,6 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, epochs_done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = run / "metrics.jsonl"
         rows, damaged = read_rows(run)
         self.rows = [row for row in rows if row["epoch"] <= epochs_done]
@@ -38,9 +36,6 @@ class MetricsLog:
                 file=sys.stderr,
             )
         write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._writer = SummaryWriter(
-            str(run / "tensorboard"), purge_step=epochs_done + 1 if epochs_done else None
-        )
 
     def append(self, row: Row) -> None:
         """Record one epoch; on disk when this returns."""
@@ -49,13 +44,6 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                self._writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class Rows(NamedTuple):

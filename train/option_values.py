@@ -37,6 +37,7 @@ RESUMABLE = {
     "optim.epochs",
     "optim.gradient_accumulation",
     "watch.patience",
+    "watch.track",
     "machine.device",
     "resume",
     "bundles",

@@ -252,6 +252,9 @@ class WatchOptions:
     validation accuracy, whose checkpoint is kept beside the last."""
     patience: int | None = None
     """Stop when so many epochs have not brought a better validation accuracy (None: never)."""
+    track: tuple[str, ...] = ("tensorboard",)
+    """Where the numbers go besides metrics.jsonl: any of Accelerate's trackers, aim, clearml,
+    comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb; nothing after it: none."""
 
 
 @dataclass(frozen=True)
@@ -280,8 +283,8 @@ class TrainOptions:
     out: str | None = None
     """Run folder, new or empty (None: runs/DATASET-MODEL-TIME)."""
     resume: str | None = None
-    """Run folder to continue. Its options are kept; --epochs, --patience, --data-dir, --download,
-    --device, --gradient-accumulation and --bundles may be given anew."""
+    """Run folder to continue. Its options are kept; --epochs, --patience, --track, --data-dir,
+    --download, --device, --gradient-accumulation and --bundles may be given anew."""
     bundles: bool = False
     """Measure before training and after every epoch which layers no longer tell training images of
     different classes apart (conflicting bundles); `mocapsnet visualize RUN --bundles` draws it."""
