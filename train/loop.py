@@ -247,7 +247,8 @@ def _train(
         tested = judged
     else:
         tested = judge(images.test, "testing")
-        tracking.log(accelerator, tested.row("test"), done)
+        if split == "validation":
+            tracking.log(accelerator, tested.row("test"), done)
     if log is not None:
         early = done < epochs
         if early:

@@ -306,8 +306,8 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure the test accuracy of the networks that runs have kept, also on moved and on overlapping images:
-    of one run in words, of several, or on such images, as a Markdown table."""
+    """Measure the test accuracy of the networks that runs have kept, also on moved and on
+    overlapping images: of one run in words, of several, or on such images, as a Markdown table."""
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
     """Run folders that `mocapsnet train` wrote, of one data set."""

@@ -281,7 +281,7 @@ def test_a_run_of_an_older_format_goes_on(command: Command) -> None:
     assert command("train", *TINY, "--epochs", "1", "--out", "run")[0] == 0
     for path in ("run/config.json", "run/checkpoints/epoch-0001/state.json"):
         content = json.loads(Path(path).read_text())
-        content["format"] = 3
+        content["format"] = 4
         content.pop("best", None)
         content.get("options", {}).pop("watch", None)
         Path(path).write_text(json.dumps(content))
