@@ -181,7 +181,7 @@ def markdown(record: Record, states: dict[str, State], picture: bool = True) -> 
     if configuration.about:
         parts.append(configuration.about)
     parts.append(
-        f"{done} of {len(states)} runs are finished. Test accuracy after the last epoch in "
+        f"{done} of {len(states)} runs are finished. Test accuracy of the trained networks in "
         "percent, mean ± standard deviation (over n - 1) of n seeds"
         + (", beside the paper's." if configuration.paper else ".")
     )
