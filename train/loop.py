@@ -121,10 +121,11 @@ def finished(run: Path, options: TrainOptions) -> str | None:
     stopped = gave_up(best, done, options.watch.patience)
     # The last thing that a run writes. One that was killed just before writes it when continued.
     card = run / model_folder.FOLDER / "README.md"
-    written = (checkpoint / checkpoints.STATE, card, run / "confusion_matrix.png")
+    written = (checkpoint / checkpoints.STATE, run / result.NAME, card)  # in this order
     if (epochs > done and not stopped) or not all(path.exists() for path in written):
         return None
-    if not card.stat().st_mtime >= written[-1].stat().st_mtime >= written[0].stat().st_mtime:
+    times = [path.stat().st_mtime for path in written]
+    if times != sorted(times):
         return None
     if epochs > done:
         return f"{run} {_why_early(best, done, options)}; give a larger --patience to go on"
