@@ -41,6 +41,8 @@ CONFIG = "config.json"
 LOCK, HOLDER = ".lock", ".lock-holder.json"
 # What `mocapsnet experiment` keeps of the output of the trainings that it starts.
 LOG = "train.log"
+# TensorBoard's files, begun before config.json: a tracker that does not start is refused.
+TENSORBOARD = "tensorboard"
 
 
 def choose(options: TrainOptions) -> Path:
@@ -60,7 +62,7 @@ def choose(options: TrainOptions) -> Path:
 
 def _check_empty(run: Path) -> None:
     # What a run leaves that was killed before its config.json was there.
-    remains = {LOCK, HOLDER, LOG, CONFIG + ".tmp"}
+    remains = {LOCK, HOLDER, LOG, TENSORBOARD, CONFIG + ".tmp"}
     if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - remains):
         raise InputError(
             f"{run} exists and is not an empty folder; choose another --out, or continue that run "

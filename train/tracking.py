@@ -17,9 +17,9 @@ from mocapsnet.train.metrics import Row
 from mocapsnet.train.option_values import flat
 from mocapsnet.train.options import TrainOptions
 from mocapsnet.train.pictures.pairs import side_by_side
+from mocapsnet.train.run_folder import TENSORBOARD
 
 PROJECT = "mocapsnet"
-TENSORBOARD = "tensorboard"
 
 # Images of the grid of reconstructions, the pairs in a row of it, and how high one is at least.
 SHOWN, COLUMNS, HEIGHT = 32, 8, 64

@@ -13,7 +13,7 @@ import torch
 from mocapsnet import CapsNetConfig, CapsuleLoss, build_model
 from mocapsnet.train import console
 from mocapsnet.train.data import ImageSet
-from mocapsnet.train.evaluation import evaluate
+from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.plots import learning_curves
 
 from .helpers import TINY
@@ -92,19 +92,35 @@ def test_epochs_on_axes_are_whole(epochs: int) -> None:
         assert len(ticks) and (ticks == ticks.round()).all()
 
 
-@pytest.mark.parametrize("process", [0, 1, 2])
-def test_more_processes_than_images_to_test_with(process: int) -> None:
+def test_more_processes_than_images_to_test_with() -> None:
     model = build_model(
         "capsnet",
         CapsNetConfig((1, 8, 8), 3, channels=8, kernel_size=3, stride=1, capsules=2, decoder=(4,)),
     )
     images = ImageSet(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"),
-        num_processes=3,
-        process_index=process,
-        is_main_process=process == 0,
-        reduce=lambda values, _: values,  # one process's part
-    )
-    tested = evaluate(accelerator, model, CapsuleLoss(), images, 8)  # type: ignore[arg-type]
-    assert tested.images == (1 if process < 2 else 0)
+    shares: list[tuple[torch.Tensor, ...]] = []
+
+    def tested(process: int, processes: int, together: bool) -> Evaluation:
+        def reduce(values: tuple[torch.Tensor, ...], _: str) -> tuple[torch.Tensor, ...]:
+            if not together:
+                shares.append(values)
+                return values
+            return tuple(sum(parts) for parts in zip(*shares, strict=True))  # type: ignore[misc]
+
+        accelerator = SimpleNamespace(
+            device=torch.device("cpu"),
+            num_processes=processes,
+            process_index=process,
+            is_main_process=process == 0,
+            reduce=reduce,
+        )
+        return evaluate(accelerator, model, CapsuleLoss(), images, 8)  # type: ignore[arg-type]
+
+    for process in range(3):
+        tested(process, 3, together=False)
+    assert not any(part.any() for part in shares[2])
+    found = tested(2, 3, together=True)
+    shares.clear()
+    alone = tested(0, 1, together=False)
+    assert found.images == 2 and torch.equal(found.confusion, alone.confusion)
+    assert found.loss == pytest.approx(alone.loss)
