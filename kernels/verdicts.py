@@ -1,22 +1,16 @@
 """Verdicts on kernels, kept in the user's cache folder: one file for each family and place.
 
-A file that is missing, damaged or of another place is no verdict; a folder that cannot be written
-keeps none. Neither is an error.
+A file that is missing, damaged or of another place is no verdict. That is no error.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
-WAIT = 600
-"""Seconds that a process waits for another that verifies the same."""
+from . import kept
 
 
 class Verdict(NamedTuple):
@@ -41,21 +35,12 @@ class Verdict(NamedTuple):
 
 def folder() -> Path:
     """Where verdicts lie. Raises: OSError if the user has no folder."""
-    try:
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # neither HOME nor an entry in the list of users
-        raise FileNotFoundError(str(error)) from None
-    return user / "mocapsnet" / "verified"
-
-
-def name(family: str, where: dict[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()
-    return f"{family}-{digest[:16]}"
+    return kept.folder("verified")
 
 
 def read(family: str, where: dict[str, str]) -> Verdict | None:
     try:
-        found = json.loads((folder() / f"{name(family, where)}.json").read_bytes())
+        found = json.loads((folder() / f"{kept.name(family, where)}.json").read_bytes())
         verdict = Verdict(**found)
         whole = (verdict.family, verdict.where) == (family, where) and bool(verdict.cases)
         whole = whole and set(verdict.failures) <= set(verdict.cases) and verdict.seconds >= 0
@@ -66,28 +51,13 @@ def read(family: str, where: dict[str, str]) -> Verdict | None:
 
 def write(verdict: Verdict) -> bool:
     """Whether it could be kept; other processes see the whole file or none."""
-    partial = None
     try:
-        file = folder() / f"{name(verdict.family, verdict.where)}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:
-            json.dump(verdict._asdict(), partial, indent=1)
-        os.replace(partial.name, file)
-        return True
+        file = folder() / f"{kept.name(verdict.family, verdict.where)}.json"
     except OSError:
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(partial.name)
         return False
+    return kept.write(file, json.dumps(verdict._asdict(), indent=1))
 
 
-@contextlib.contextmanager
-def alone(family: str, where: dict[str, str]) -> Iterator[None]:
+def alone(family: str, where: dict[str, str]) -> AbstractContextManager[None]:
     """One process at a time, if the folder can hold a lock and no other holds it too long."""
-    from filelock import FileLock
-
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, NotImplementedError):
-            folder().mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder() / f"{name(family, where)}.lock", timeout=WAIT))
-        yield
+    return kept.alone("verified", kept.name(family, where))

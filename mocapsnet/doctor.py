@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .kernels import explain, verdicts, verification
+from .kernels import explain, tuning, verdicts, verification
 from .kernels.launch import interpreting, triton_installed
 from .kernels.verdicts import Verdict
 from .layers import CapsuleLayer
@@ -71,6 +71,7 @@ def examine(missing: Sequence[str] = ()) -> Row:
         "versions": versions(),
         "devices": devices(),
         "verification": verify_all(),
+        "plans": plans(),
         "forms": forms(),
         "slow": [*slow(), *(f"not installed: {name}" for name in missing)],
     }
@@ -174,19 +175,44 @@ def row(device: str, implementation: str, verdict: Verdict) -> Row:
     return {"device": device, "implementation": implementation, **about}
 
 
+def plans() -> list[Row]:
+    """Where the kernels' plans are from on each GPU, and what tuning found."""
+    rows = []
+    for device in devices()[1:]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # told here
+            table = tuning.table(torch.device(device["device"]))
+        problems = [
+            {
+                "problem": str(problem),
+                "plan": found.plan and found.plan._asdict(),
+                "microseconds": found.microseconds,
+                "static_microseconds": found.static_microseconds,
+            }
+            for problem, found in table.plans.items()
+        ]
+        file = table.file and str(table.file)
+        row = {"device": device["device"], "table": file, "unused": table.why}
+        rows.append(row | {"problems": problems})
+    return rows
+
+
 def forms() -> list[Row]:
     """How the layers of the default network for 28 x 28 images are run here, in training."""
     with torch.device("meta"):
         network = MoCapsNet((1, 28, 28), classes=10)
-    gpu = torch.cuda.is_available() and triton_installed()
-    gpu = gpu and verification.trusted("routing", torch.device("cuda", torch.cuda.current_device()))
+    device = None
+    if torch.cuda.is_available() and triton_installed():
+        device = torch.device("cuda", torch.cuda.current_device())
+        device = device if verification.trusted("routing", device) else None
     rows: list[Row] = []
     for name, layer in network.named_modules():
         if not isinstance(layer, CapsuleLayer):
             continue
         N, K, J, D = layer.weight.shape
         u = torch.empty(BATCH, N, K, device="meta")
-        told = explain(u, layer.weight, backend="triton" if gpu else "chunked")
+        backend = "triton" if device else "chunked"
+        told = explain(u, layer.weight, backend=backend, device=device)
         row = {"layer": name, "u": list(u.shape), "W": list(layer.weight.shape), **told._asdict()}
         if not rows or rows[-1]["W"] != row["W"]:
             rows.append(row)
@@ -317,9 +343,20 @@ def text(found: Row) -> str:
         lines.append("  No kernels: they need a GPU and triton; --interpret runs them on the CPU.")
     elif any(row["failures"] for row in found["verification"]):
         lines.append("  Please report this with what `mocapsnet doctor --json` prints.")
+    for row in found["plans"]:
+        if row["unused"]:
+            lines += ["", f"Plans of kernels on {row['device']}: static, {row['unused']}."]
+            lines.append("  `mocapsnet benchmark tune` times others there.")
+            continue
+        lines += ["", f"Plans of kernels on {row['device']}, tuned, by {row['table']}:"]
+        for tuned in row["problems"]:
+            plan = tuned["plan"] and ", ".join(f"{k}={v}" for k, v in tuned["plan"].items())
+            times = f"{tuned['microseconds']:.1f} us, static {tuned['static_microseconds']:.1f}"
+            lines.append(f"  {tuned['problem']}: {plan or 'the static one'} ({times})")
     lines += ["", f"The default network on 28 x 28 images, batch {BATCH}:"]
     for row in found["forms"]:
         lines.append(f"  {row['layer']}, W {row['W']}, {row['backend']}: {row['form']}")
+        lines += [f"    plans:    {row['plans']}"] if row["plans"] else []
         lines += [f"    forward:  {step}" for step in row["forward"]]
         lines += [f"    backward: {step}" for step in row["backward"]]
     lines += ["", "What is slow here:" if found["slow"] else "Nothing is slow that shows."]

@@ -24,11 +24,16 @@ TERMS_BYTES = 8 << 20
 """What backward may hold between its two launches."""
 
 
-def on_chip(x: Tensor) -> routing.Plan | None:
-    """The plan for the on-chip form, or None if a sample's votes are too many."""
-    B, J, D = x.shape
-    plan = routing.plan(B, J, D, J, D, x.itemsize)
-    return plan if plan.on_chip and B else None
+def on_chip(
+    x: Tensor, W: Tensor, direction: str, iterations: int, method: str, routing_grad: str = ""
+) -> routing.Plan | None:
+    """The plan for the on-chip form, or None if a sample's votes are too many.
+
+    For x [B, J, D] and the W of a layer, and a direction, see `tuning.Problem`.
+    """
+    modes = iterations, method, routing_grad
+    plan = routing.chosen(x, W, direction, *modes, operation="momentum")
+    return plan if plan.on_chip and len(x) else None
 
 
 def table(weights: list[Tensor]) -> Tensor:
@@ -60,11 +65,15 @@ def forward(
     schedule: Schedule,
     iterations: int,
     method: str,
+    plan: routing.Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x [B, J, D] after the last layer, and the anchors [A, 2, B, J, D]."""
+    """x [B, J, D] after the last layer, and the anchors [A, 2, B, J, D].
+
+    On chip by `plan` if one is given.
+    """
     x, v, weights = x.contiguous(), v.contiguous(), [W.contiguous() for W in weights]
     anchors = x.new_empty(len(schedule.anchors), 2, *x.shape)
-    plan = on_chip(x)
+    plan = plan or on_chip(x, weights[0], "forward", iterations, method)
     if plan is None:
         return forward_by_layers(x, v, weights, biases, schedule, iterations, method, anchors)
     W_table, aligned = table(weights), alignment(weights)
@@ -96,12 +105,13 @@ def backward(
     iterations: int,
     method: str,
     routing_grad: str,
+    plan: routing.Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dv [B, J, D] before the first layer, dW [L, J, D, J, D] and dbias [L, J, D] or [0]."""
     dx, weights = dx.to(anchors.dtype).contiguous(), [W.contiguous() for W in weights]
-    plan = on_chip(dx)
+    modes = iterations, method, routing_grad
+    plan = plan or on_chip(dx, weights[0], "backward", *modes)
     if plan is None:
-        modes = iterations, method, routing_grad
         return backward_by_layers(dx, anchors, weights, biases, schedule, *modes)
     B, J, D = dx.shape
     sda, full = method == "sda", routing_grad == "full"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, tuning
 from ..launch import (
     accumulation_dtype,
     device_of,
@@ -122,9 +122,12 @@ class Explanation(NamedTuple):
     form: str
     forward: tuple[str, ...]
     backward: tuple[str, ...]
+    plans: str = ""
+    """Of the kernels: which table they are from, or why they are the static ones."""
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.form}"]
+        lines += [f"  plans:    {self.plans}"] if self.plans else []
         lines += [f"  forward:  {step}" for step in self.forward]
         return "\n".join(lines + [f"  backward: {step}" for step in self.backward])
 
@@ -140,13 +143,16 @@ def explain(
     sda_mean: str = "input",
     sda_scale: str = "paper",
     backend: str | None = None,
+    device: torch.device | str | None = None,
 ) -> Explanation:
     """Which implementation, kernels and configurations `routing` uses for these arguments.
 
-    The choice follows from shapes, dtypes and device alone; nothing is computed, and tensors on
-    the meta device do. `backend="triton"` tells what a GPU would run also where there is none.
+    The choice follows from shapes, dtypes, device and its table of tuned plans alone; nothing is
+    computed, and tensors on the meta device do. `backend="triton"` tells what a GPU would run also
+    where there is none.
 
-    Args, raises: as for `routing`.
+    Args, raises: as for `routing`, but
+        device: whose table counts, for tensors that are not there; None for that of u.
     """
     modes = (iterations, method, routing_grad, bias, sda_mean, sda_scale)
     if backend != "triton":
@@ -169,13 +175,15 @@ def explain(
         )
     from . import triton
 
+    place = u.device if device is None else torch.device(device)
     u, W = u.to("meta"), W.to("meta")
     bias = None if bias is None else bias.to("meta")
     keep = (method, routing_grad) == ("rba", "final") and iterations > 1
+    p, q, plans = tuning.told(place, u, W, iterations, method, routing_grad)
     with recording() as forward:
-        v, sums, kept = triton.forward(u, W, bias, iterations, method, keep)
+        v, sums, kept = triton.forward(u, W, bias, iterations, method, keep, p)
     with recording() as backward:
-        triton.backward(v, u, W, sums, kept, method, routing_grad, bias is not None)
+        triton.backward(v, u, W, sums, kept, method, routing_grad, bias is not None, q)
     on_chip = any(launch.kernel is triton.on_chip_forward_kernel for launch in forward)
     form = "on chip, a sample per program" if on_chip else "streamed over the input capsules"
     if any(
@@ -183,7 +191,8 @@ def explain(
         for launch in forward
     ):
         form += ", votes on tensor cores"
-    return Explanation(backend, form, *(tuple(map(str, part)) for part in (forward, backward)))
+    launches = [tuple(map(str, part)) for part in (forward, backward)]
+    return Explanation(backend, form, launches[0], launches[1], plans)
 
 
 def _reference(

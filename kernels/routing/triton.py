@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import tuning
 from ..launch import accumulation_dtype, accumulation_type, launch, padded, split_precision
 from . import chunked
 from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
@@ -104,9 +105,29 @@ def vote_options(p: Plan, u: Tensor, W: Tensor) -> dict[str, Any]:
 
 
 def planned(u: Tensor, W: Tensor) -> Plan:
-    """The plan for u and W."""
+    """The static plan for u and W."""
     (B, N, K), (J, D) = u.shape, W.shape[2:]
     return plan(B, N, K, J, D, accumulation_dtype(u, W).itemsize)
+
+
+def chosen(
+    u: Tensor,
+    W: Tensor,
+    direction: str,
+    iterations: int,
+    method: str,
+    routing_grad: str = "",
+    operation: str = "routing",
+) -> Plan:
+    """The plan for one direction: that of the GPU's table if it has the problem, else the static
+    one. See `tuning.Problem` for the arguments."""
+    plans = tuning.table(u.device).plans
+    if plans:
+        modes = iterations, method, routing_grad, operation
+        found = plans.get(tuning.problem_of(u, W, direction, *modes))
+        if found is not None and found.plan is not None:
+            return found.plan
+    return planned(u, W)
 
 
 def kept_shape(u: Tensor, W: Tensor, keep: bool, p: Plan | None = None) -> tuple[int, ...]:
@@ -126,10 +147,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v [B, J, D], s of every iteration [R, B, J, D], and the kept couplings.
 
-    By the plan `p` if one is given; backward then takes the same.
+    By the plan `p` if one is given, of the form that the static plan has.
     """
     u, W = u.contiguous(), W.contiguous()
-    p = p or planned(u, W)
+    p = p or chosen(u, W, "forward", iterations, method)
     B, N, K = u.shape
     J, D = W.shape[2:]
     v = u.new_empty(B, J, D, dtype=torch.promote_types(u.dtype, W.dtype))
@@ -220,7 +241,7 @@ def backward(
     du, dW = torch.empty_like(u), torch.empty_like(W)
     if B == 0:
         return du, dW.zero_(), s.new_zeros(J, D) if with_bias else s.new_empty(0)
-    p = p or planned(u, W)
+    p = p or chosen(u, W, "backward", R, method, routing_grad)
     sda, full = method == "sda", routing_grad == "full"
     terms = 2 * R - 1 if full else 1
     x = s.new_empty(max(terms, 2), B, J, D)  # ds of each iteration (or the last), then the states

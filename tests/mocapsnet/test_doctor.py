@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mocapsnet import cli, doctor
-from mocapsnet.kernels import verification
+from mocapsnet.kernels import tuning, verification
 from mocapsnet.kernels.momentum import cases as momentum_cases
 from mocapsnet.kernels.routing import cases as routing_cases
+from mocapsnet.kernels.routing import triton as launchers
 from mocapsnet.kernels.squash import triton as squash_kernels
 
 
@@ -37,7 +38,7 @@ def test_it_tells_what_is_there(capsys):
     code, out = run(capsys, "--json")
     found = json.loads(out)
     assert code == 0
-    assert set(found) == {"versions", "devices", "verification", "forms", "slow"}
+    assert set(found) == {"versions", "devices", "verification", "plans", "forms", "slow"}
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"][0]["threads"] == torch.get_num_threads()
     compared = [(row["implementation"], row["family"]) for row in found["verification"]]
@@ -99,11 +100,42 @@ def test_it_runs_without_the_packages_of_training(capsys, monkeypatch):
 def test_forms_are_those_of_a_gpu_where_its_kernels_are_relied_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "read", lambda device: tuning.Table({}, None, "none"))
     for trusted, backend in ((True, "triton"), (False, "chunked")):
         monkeypatch.setattr(verification, "trusted", lambda *args, t=trusted: t)
         rows = doctor.forms()
         assert {row["backend"] for row in rows} == {backend}
         assert rows[0]["form"].endswith("tensor cores") == trusted
+        assert rows[0]["plans"] == ("static, none" if trusted else "")
+    tuning.forget()
+
+
+def test_the_table_of_a_gpu_is_told(capsys, monkeypatch, device):
+    """Of the CPU, which stands for one."""
+    monkeypatch.setattr(tuning, "tunable", lambda device: device.type != "meta")
+    monkeypatch.setattr(doctor, "devices", lambda: [{"device": "cpu", "name": "a"}] * 2)
+    tuning.forget()
+    told = "\n".join(doctor.text(doctor.examine()).splitlines())
+    assert "Plans of kernels on cpu: static, no table for this GPU and these versions.\n" in told
+    assert "`mocapsnet benchmark tune` times others there." in told
+
+    u, W = torch.empty(3, 5, 4), torch.empty(5, 4, 4, 2)
+    key = tuning.problem_of(u, W, "forward", 3, "rba", "", "routing")
+    plan = launchers.planned(u, W)._replace(num_warps=8)
+    place = verification.where(torch.device("cpu"))
+    file = tuning.file_of(place)
+    static = key._replace(direction="backward", routing_grad="final", u=torch.bfloat16)
+    entries = {key: tuning.Chosen(plan, 4.26, 5.5), static: tuning.Chosen(None, 7.0, 7.0)}
+    assert tuning.write(entries, place, file, 0.03)
+    tuning.forget()
+    (row,) = json.loads(json.dumps(doctor.plans()))
+    assert row["table"] == str(file) and row["problems"][0]["plan"] == plan._asdict()
+    told = doctor.text(doctor.examine())
+    assert f"Plans of kernels on cpu, tuned, by {file}:\n" in told
+    assert "routing forward (3, 5, 4, 4, 2), R 3, rba, float32: on_chip=True, " in told
+    assert "num_warps=8, dots=False (4.3 us, static 5.5)" in told
+    assert "rba final, bfloat16 and float32: the static one (7.0 us, static 7.0)" in told
+    tuning.forget()
 
 
 @pytest.mark.parametrize(
