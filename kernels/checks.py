@@ -92,6 +92,12 @@ def number(name: str, value: object, low: float, high: float = math.inf) -> None
     raise ValueError(f"{name} must be a number, {wanted}; got {value!r}")
 
 
+def queued(x: Tensor) -> bool:
+    """Whether to look at the values of `x` with the rest of the work: to read them would wait for
+    a device, or end what is compiled or captured."""
+    return torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta")
+
+
 def labels(labels: Tensor, lengths: Tensor) -> None:
     """`labels` are class indices [B] for `lengths` [B, classes], on the same device.
 
@@ -118,7 +124,7 @@ def labels(labels: Tensor, lengths: Tensor) -> None:
         raise ValueError(
             f"labels must be on the device of the capsules, {lengths.device}; got {labels.device}"
         )
-    if torch.compiler.is_compiling() or labels.device.type not in ("cpu", "meta"):
+    if queued(labels):
         inside = labels.clamp(0, classes - 1) == labels
         torch._assert_async(inside.all(), f"labels must lie between 0 and {classes - 1}")
         return
@@ -146,7 +152,7 @@ def shares(shares: Tensor, lengths: Tensor) -> None:
             f"{list(lengths.shape)} on {lengths.device}; got shape {list(shares.shape)} on "
             f"{shares.device}"
         )
-    if torch.compiler.is_compiling() or shares.device.type not in ("cpu", "meta"):
+    if queued(shares):
         inside = shares.clamp(0, 1) == shares
         torch._assert_async(inside.all(), "shares of classes must lie between 0 and 1")
         return

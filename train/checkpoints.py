@@ -40,6 +40,9 @@ WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
+# Options of an optimiser that say how it computes where it runs, and not what.
+HERE = ("foreach", "fused", "capturable")
+
 
 @dataclass(frozen=True)
 class State:
@@ -188,6 +191,8 @@ def restore(checkpoint: Path, state: State) -> None:
             index, name = key.split(".", 1)
             by_parameter[int(index)][name] = tensor
         _check_shapes(by_parameter, state.optimizer)
+        for group, own in zip(optimizer["param_groups"], state.optimizer.param_groups, strict=True):
+            group |= {name: own[name] for name in HERE if name in own}
         state.optimizer.load_state_dict(optimizer | {"state": by_parameter})
         if state.schedule is not None:
             state.schedule.load_state_dict(rest["schedule"])

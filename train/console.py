@@ -96,20 +96,23 @@ def describe(
     accelerator: Accelerator,
     run: Path,
     epochs_done: int,
+    eager: str | None,
 ) -> None:
     """Print what is trained, on what, where it goes, and what the first step waits for.
 
     Args:
         images: how many there are for "training", "validation" and "test".
+        eager: why steps are not a CUDA graph; None if they are.
     """
     parameters = sum(p.numel() for p in model.parameters())
+    step = "a step is one CUDA graph" if eager is None else f"no CUDA graph of a step: {eager}"
     counts = [f"{count:,} {name}" for name, count in images.items()]
     print(
         f"{options.model.name}, {options.model.blocks} block(s), {parameters:,} parameters; "
         f"{options.data.dataset}, {', '.join(counts[:-1])} and {counts[-1]} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}\n"
         + (f"continuing {run} after epoch {epochs_done}" if epochs_done else f"writing to {run}")
-        + (COMPILING if accelerator.device.type == "cuda" else ""),
+        + (f"\n{step}{COMPILING}" if accelerator.device.type == "cuda" else ""),
         flush=True,
     )
 

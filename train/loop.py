@@ -18,6 +18,7 @@ from mocapsnet.train import (
     bundles,
     checkpoints,
     console,
+    graph,
     memory,
     model_folder,
     result,
@@ -86,11 +87,12 @@ def train(options: TrainOptions) -> Path:
             run_folder.check_images(run, images.train)
         options = settled(options, images.train)
         _check_fit(options, images.train, accelerator)
+        eager = graph.why_eager(options, accelerator, len(images.train))
         model = build(options, images.train)
         if new:
             held.enter_context(run_folder.claimed(run, accelerator, new=True))
         held.callback(tracking.close, accelerator)
-        _train(options, run, accelerator, model, images)
+        _train(options, run, accelerator, model, images, eager)
     accelerator.end_training()
     return run
 
@@ -152,12 +154,19 @@ def _train(
     accelerator: Accelerator,
     bare_model: CapsNet,
     images: Images,
+    eager: str | None,
 ) -> None:
-    """The epochs of a run, from its last checkpoint, and its end."""
+    """The epochs of a run, from its last checkpoint, and its end.
+
+    `eager` says why steps are not a CUDA graph; None if they are.
+    """
     batch_size, epochs, watch = options.optim.batch_size, options.optim.epochs, options.watch
     count = len(images.train)
     optimizer, schedules = build_optimizer(
-        options.optim, bare_model.parameters(), epochs * -(-count // batch_size)
+        options.optim,
+        bare_model.parameters(),
+        epochs * -(-count // batch_size),
+        accelerator.device,
     )
     model, optimizer = accelerator.prepare(bare_model, optimizer)
     state = checkpoints.State(bare_model, optimizer, schedules.epoch or schedules.step)
@@ -180,7 +189,7 @@ def _train(
                 bundles.record(run, bare_model, images.train, options.optim, 0)
             checkpoints.save(state, run, 0)
         log = MetricsLog(run, done)
-        console.describe(options, bare_model, images.counts(), accelerator, run, done)
+        console.describe(options, bare_model, images.counts(), accelerator, run, done, eager)
 
     criterion = make_criterion(options)
     trainer = Trainer(
@@ -192,6 +201,7 @@ def _train(
         bare_model.preprocessing,
         options,
         schedules.step,
+        graphed=eager is None,
     )
     if log is not None and done == 0:
         start.write(run, trainer, bare_model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler
 
@@ -15,6 +17,8 @@ from mocapsnet.train.options import OptimOptions
 DECAY_PER_EPOCH = 0.96
 WARM_UP = 0.05
 """Share of a run's steps over which the cosine schedule rises."""
+FUSED = ("cuda",)
+"""Kinds of devices on which Adam is a `FusedAdam`."""
 
 
 class Schedules(NamedTuple):
@@ -24,21 +28,75 @@ class Schedules(NamedTuple):
     step: LRScheduler | None = None
 
 
+class FusedAdam(Adam):
+    """Adam as one kernel that reads its learning rate from a tensor, so that a CUDA graph of a step
+    takes the rate that it is given before each replay.
+
+    In `param_groups` the rate is a number, as it is for Adam: schedules and checkpoints know of no
+    tensor. Steps outside of a graph read the tensor too, so both give the same bits; they differ by
+    rounding from those of Adam, whose rate is not rounded to float32.
+    """
+
+    rates: tuple[Tensor, ...] = ()
+    """One for each group, on its device; made when they are first set."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], **options: Any):
+        super().__init__(parameters, fused=True, **options)
+
+    def set_rates(self) -> None:
+        """Give the rates of `param_groups` to the tensors. Waits for nothing."""
+        if not self.rates:
+            self.rates = tuple(
+                torch.zeros((), device=group["params"][0].device) for group in self.param_groups
+            )
+        for rate, group in zip(self.rates, self.param_groups, strict=True):
+            rate.fill_(group["lr"])
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Steps inside are captured by a CUDA graph: they leave the rates' tensors as they are."""
+        self.set_rates()
+        for group in self.param_groups:
+            group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group in self.param_groups:
+                group["capturable"] = False
+
+    def step(self, closure: Any = None) -> Any:
+        if not all(group["capturable"] for group in self.param_groups):
+            self.set_rates()
+        numbers = [group["lr"] for group in self.param_groups]
+        try:
+            for rate, group in zip(self.rates, self.param_groups, strict=True):
+                group["lr"] = rate
+            return super().step(closure)
+        finally:
+            for number, group in zip(numbers, self.param_groups, strict=True):
+                group["lr"] = number
+
+
 def build_optimizer(
-    options: OptimOptions, parameters: Iterable[nn.Parameter], steps: int
+    options: OptimOptions,
+    parameters: Iterable[nn.Parameter],
+    steps: int,
+    device: torch.device | None = None,
 ) -> tuple[Optimizer, Schedules]:
     """The optimiser, and the schedule of its learning rate.
 
     Args:
         options: resolved options.
         parameters: what to optimise.
+        device: where they will be; None for the CPU.
         steps: optimiser steps in the whole run. Ranger21 warms up over the first steps (at most
             2,000, or 22 % of a short run) and down over the last 28 %, so it needs the true
             number, unless `planned_steps` says for how many an epoch to plan: the rate stays where
             the warm-down ends, or does not get there. It gets no schedule besides its own.
     """
     if options.optimizer == "adam":
-        adam = Adam(
+        kind = FusedAdam if device is not None and device.type in FUSED else Adam
+        adam = kind(
             parameters,
             lr=options.lr,
             weight_decay=options.weight_decay,

@@ -39,6 +39,7 @@ RESUMABLE = {
     "watch.patience",
     "watch.track",
     "machine.device",
+    "machine.graph",
     "resume",
     "bundles",
 }

@@ -265,6 +265,10 @@ class MachineOptions:
     """auto: CUDA if there is one, else the CPU."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: the convolutions in bfloat16, all else in float32."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """On a CUDA device a training step is captured once as one CUDA graph and then replayed, with
+    the same numbers and without the time that Python takes; auto: where that can be, on: refuse to
+    train where it cannot, as on the CPU, off: never."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,7 @@ class TrainOptions:
     """Run folder, new or empty (None: runs/DATASET-MODEL-TIME)."""
     resume: str | None = None
     """Run folder to continue. Its options are kept; --epochs, --patience, --track, --data-dir,
-    --download, --device, --gradient-accumulation and --bundles may be given anew."""
+    --download, --device, --graph, --gradient-accumulation and --bundles may be given anew."""
     bundles: bool = False
     """Measure before training and after every epoch which layers no longer tell training images of
     different classes apart (conflicting bundles); `mocapsnet visualize RUN --bundles` draws it."""

@@ -35,7 +35,7 @@ from mocapsnet.train.options import TrainOptions
 
 # Of config.json and of checkpoints. 0, which they do not name: training state in pickles. A new
 # option needs a new format: in files of an older one an option that is missing has its default.
-FORMAT = 5
+FORMAT = 6
 
 CONFIG = "config.json"
 LOCK, HOLDER = ".lock", ".lock-holder.json"

@@ -8,18 +8,21 @@ same result, but for rounding, however its batches are split.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
 
 from mocapsnet import CapsuleLoss, Preprocessing
-from mocapsnet.train import console, data
+from mocapsnet.train import console, data, graph
 from mocapsnet.train.errors import Diverged
 from mocapsnet.train.metrics import Row
 from mocapsnet.train.optimizers import current_lr
@@ -47,8 +50,12 @@ class Trainer:
     options: TrainOptions
     schedule: LRScheduler | None = None
     """Of the learning rate, if it changes with every step."""
+    graphed: bool = False
+    """Whether steps on whole batches are one CUDA graph, which the first of them captures; see
+    graph.py. One that cannot be captured makes it False."""
     clock: console.Clock = field(default_factory=console.Clock)
     steps: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
+    _graph: graph.Graph | None = None
 
     def epoch(self, epoch: int, last_good: str) -> Row:
         """One pass over the training images.
@@ -119,6 +126,59 @@ class Trainer:
 
     def _step(self, batch: data.Views, epoch: int, step: int) -> Tensor:
         """One optimiser step on this process's share of a batch; returns the share's sums [4]."""
+        sums = None
+        if self.graphed and len(batch.indices) == self.options.optim.batch_size:
+            sums = self._replay(batch, epoch, step)
+        if sums is None:
+            sums = self._eagerly(batch, epoch, step)
+        if self.schedule is not None:
+            self.schedule.step()
+        return sums
+
+    def _replay(self, batch: data.Views, epoch: int, step: int) -> Tensor | None:
+        """`_eagerly` by the graph; None, with nothing done, if the step cannot be captured."""
+        inputs: tuple[Tensor, ...] = batch
+        if self.options.data.mix != "none":  # torchvision draws how in Python
+            ((_, *mixture),) = self.shares(batch, 1, epoch, step)
+            inputs = tuple(mixture)
+        if self._graph is None:
+            optimizer: Any = self.optimizer  # Accelerate's, around a FusedAdam
+            try:
+                self._graph = graph.capture(self._captured, inputs, self.model, optimizer.optimizer)
+            except Exception as error:  # whatever a driver or a compiler may raise
+                reason = (str(error).splitlines() or ["no reason given"])[0]
+                failure = f"{type(error).__name__}: {reason}"
+        if self._graph is None:
+            self.graphed = False
+            tqdm.write(
+                "mocapsnet: warning: a training step could not be captured as a CUDA graph, so "
+                f"training goes on without ({failure})",
+                file=sys.stderr,
+            )
+            return None
+        return self._graph(*inputs)
+
+    def _captured(self, *inputs: Tensor) -> Tensor:
+        """What the graph repeats: `_eagerly` for a whole batch, without Accelerate, whose factors
+        are all 1 then. Images are chosen and cropped within the graph, and mixed before it.
+
+        Args:
+            inputs: those of `data.Views`; pixels and labels, if images are mixed.
+        """
+        if self.options.data.mix == "none":
+            views = data.Views(*inputs)
+            pixels = data.view(self.train_set, views, self.options.data.pad)
+            labels = self.train_set.labels[views.indices]
+        else:
+            pixels, labels = inputs
+        total, parts = self.losses(self.model, pixels, labels)
+        total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return parts
+
+    def _eagerly(self, batch: data.Views, epoch: int, step: int) -> Tensor:
+        """A step, operation by operation, with as many shares and micro-batches as there are."""
         accelerator = self.accelerator
         processes, micro_batches = (
             accelerator.num_processes,
@@ -136,8 +196,6 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             sums += weight * parts
-        if self.schedule is not None:
-            self.schedule.step()
         return sums
 
     def losses(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

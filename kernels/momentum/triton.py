@@ -52,8 +52,10 @@ def alignment(weights: list[Tensor]) -> int:
     return math.gcd(16, *(W.data_ptr() for W in weights))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1024)
 def addresses(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, though it is small: a CUDA graph may not copy it from the host, and goes on reading it
+    where it was when the graph was captured. 1024 other stacks must come before it is dropped."""
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import torch
 
-from mocapsnet.train import data
+from mocapsnet.train import data, graph
 from mocapsnet.train.evaluation import evaluate
 from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.schedule import Place
@@ -188,14 +188,19 @@ def _time_steps(options: TrainOptions, images: Images) -> tuple[float, float]:
 
     first, several = random_images(batch), random_images(batch * STEPS)
     model = build(options, first)
-    optimizer, _ = build_optimizer(options.optim, model.parameters(), 1000)
+    optimizer, _ = build_optimizer(options.optim, model.parameters(), 1000, accelerator.device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     criterion = make_criterion(options)
-    for image_set in (first, several):
-        trainer = Trainer(
-            accelerator, prepared, criterion, optimizer, image_set, model.preprocessing, options
-        )
-        row = trainer.epoch(0, "")
+    graphed = graph.why_eager(options, accelerator, batch) is None
+
+    def trainer(images: data.ImageSet) -> Trainer:
+        how = model.preprocessing, options
+        return Trainer(accelerator, prepared, criterion, optimizer, images, *how, graphed=graphed)
+
+    timed = trainer(several)
+    warm = timed if graphed else trainer(first)  # a graph is captured for the images it trains with
+    warm.epoch(0, "")
+    row = timed.epoch(0, "")
     started = time.perf_counter()
     evaluate(accelerator, model, criterion, first, batch)
     tested = time.perf_counter() - started
