@@ -25,25 +25,34 @@ def compare(options: CompareOptions) -> None:
     if not options.runs:
         raise InputError("give a run folder, or several")
     runs = [Path(run) for run in options.runs]
-    names = [str(run) for run in runs]
+    names = short(runs)
     configs = [flat(read_config(run)) for run in runs]
     starts = [read_start(run) for run in runs]
     rows = [read_rows(run).rows for run in runs]
+    lengths = by_layer(names, starts, lambda row: row.get("out_length"))
+    gradients = by_layer(names, starts, lambda row: row["gradient_rms"])
     tables = {
         "Options that differ": differences(names, configs),
         "Margin loss (of cnn: cross-entropy) per image and training accuracy, at the start and "
         f"after so many steps (means of {start.WINDOW})": losses(names, starts),
         "Accuracy after each epoch": accuracies(names, rows),
-        "Mean length of the capsules that a layer makes, at the start": by_layer(
-            names, starts, lambda row: row.get("out_length")
-        ),
-        "Root mean square of the gradient of a layer's weights, at the start": by_layer(
-            names, starts, lambda row: row["gradient_rms"]
-        ),
+        "Mean length of the capsules that a layer makes, at the start": lengths,
+        "Root mean square of the gradient of a layer's weights, at the start": gradients,
     }
     for title, table in tables.items():
         if len(table) > 1:
             print(f"{title}\n\n{markdown(table)}\n")
+    if options.picture is not None:
+        from mocapsnet.train.pictures.compared import draw
+
+        curves = [[(row["epoch"], accuracy(row)) for row in found] for found in rows]
+        draw(Path(options.picture), names, starts, curves, lengths, gradients)
+
+
+def short(runs: Sequence[Path]) -> list[str]:
+    """What to call the runs: the names of their folders, or whole paths where two have one name."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def read_start(run: Path) -> dict[str, Any]:
@@ -95,12 +104,16 @@ def accuracies(names: Sequence[str], rows: Sequence[list[Row]]) -> Table:
     epochs = sorted({row["epoch"] for found in rows for row in found})
     table = [["run", *map(str, epochs)]]
     for run, found in zip(names, rows, strict=True):
-        by_epoch = {
-            row["epoch"]: f"{row.get('validation_accuracy', row.get('test_accuracy')):.2%}"
-            for row in found
-        }
+        by_epoch = {row["epoch"]: f"{accuracy(row):.2%}" for row in found}
         table.append([run, *(by_epoch.get(epoch, "") for epoch in epochs)])
     return table if epochs else []
+
+
+def accuracy(row: Row) -> float:
+    """Of the images held out for validation, if there are some, else of the test images."""
+    return float(
+        row["validation_accuracy"] if "validation_accuracy" in row else row["test_accuracy"]
+    )
 
 
 def by_layer(

@@ -358,6 +358,8 @@ class CompareOptions:
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...")]
     """Run folders that `mocapsnet train` wrote, finished or not."""
+    picture: Annotated[str | None, arg(metavar="FILE")] = None
+    """Draw the numbers of the tables as well, into this PNG file."""
 
 
 @dataclass(frozen=True)

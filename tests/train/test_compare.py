@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from mocapsnet.train import start
+from mocapsnet.train.pictures import compared, sheet
 
 from .helpers import rows
 
@@ -55,7 +57,7 @@ def test_tables(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch)
     assert found["Accuracy"] == [
         ["run", "1", "2"],
         *(
-            [str(run), *(f"{row['test_accuracy']:.2%}" for row in rows(run)), *[""] * rest]
+            [run.name, *(f"{row['test_accuracy']:.2%}" for row in rows(run)), *[""] * rest]
             for run, rest in ((a, 1), (b, 0))
         ),
     ]
@@ -69,6 +71,21 @@ def test_tables(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch)
         for column, content in enumerate(ours, start=1):
             values = [f"{row[name]:.3g}" for row in content["layers"] if name in row]
             assert [line[column] for line in found[title][1:] if line[column]] == values
+
+    # The same numbers, drawn.
+    figures: list[Figure] = []
+    monkeypatch.setattr(compared, "save", lambda figure, path: figures.append(figure))
+    code, _, errors = command("compare", "a", "b", "--picture", "c.png")
+    assert code == 0, errors
+    by_layer = [list(zip(*found[title], strict=True)) for title in ("Mean", "Root")]
+    drawn = [found["Margin"], found["Accuracy"], *by_layer]
+    for axes, (_, *table) in zip(figures[0].axes, drawn, strict=True):
+        for line, (_, *cells) in zip(axes.lines, table, strict=False):
+            shown = [float(cell.split()[0].rstrip("%")) for cell in cells if cell]
+            assert line.get_ydata() == pytest.approx(shown, rel=5e-3)
+    monkeypatch.setattr(compared, "save", sheet.save)
+    code, _, errors = command("compare", "a", "b", "--picture", "no/c.png")
+    assert code == 2 and "no/c.png cannot be written" in errors and errors.count("\n") == 1
 
     # A run from before there was such a file, alone: there is nothing to compare, but epochs.
     (a / "start.json").unlink()

@@ -331,7 +331,7 @@ CELLS = {
 def fabricated() -> tuple[Record, dict[str, State]]:
     """Six runs of one network finished, two of another, and one hole of every kind."""
     found = parsed(CELLS)
-    made = Record(found, {"epochs": 2, "limit": 100}, {}, runs.select(found, {}), ["a CPU"])
+    made = Record(found, {"epochs": 2, "limit": 1000}, {}, runs.select(found, {}), ["a CPU"])
     every = {}
     for run in made.runs():
         model, blocks, seed = (run.keys[name] for name in ("model", "blocks", "seed"))
@@ -347,9 +347,9 @@ def fabricated() -> tuple[Record, dict[str, State]]:
 def test_a_table_is_exact(fabricated: tuple[Record, dict[str, State]]) -> None:
     page = table.markdown(*fabricated)
     assert page.splitlines()[2] == (
-        "**Smaller than the paper: 100 training images at most instead of all; 64 channels instead "
-        "of 256; 2 epochs instead of 3.** Other than the paper: --init length instead of paper. "
-        "Run on: a CPU."
+        "**Smaller than the paper: 1,000 training images at most instead of all; 64 channels "
+        "instead of 256; 2 epochs instead of 3.** Other than the paper: --init length instead of "
+        "paper. Run on: a CPU."
     )
     assert "\n7 of 12 runs are finished. " in page
     assert (

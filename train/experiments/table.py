@@ -147,8 +147,9 @@ def scale(record: Record) -> str:
             if not ignored and value != theirs[name]:
                 differences.setdefault(name, set()).add((value, theirs[name]))
     for name, pairs in differences.items():
-        now = " or ".join(dict.fromkeys(text(a) for a, _ in sorted(pairs, key=str)))
-        then = " or ".join(dict.fromkeys(text(b) for _, b in sorted(pairs, key=str)))
+        words = (lambda v: f"{v:,}" if type(v) is int else text(v)) if name in SIZES else text
+        now = " or ".join(dict.fromkeys(words(a) for a, _ in sorted(pairs, key=str)))
+        then = " or ".join(dict.fromkeys(words(b) for _, b in sorted(pairs, key=str)))
         if name in SIZES and all(b is None or a is not None and a < b for a, b in pairs):
             then = "all" if then == "none" else then
             smaller.append(f"{now} {SIZES[name]} instead of {then}")
