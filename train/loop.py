@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -203,8 +204,8 @@ def _train(
         schedules.step,
         graphed=eager is None,
     )
-    if log is not None and done == 0:
-        start.write(run, trainer, bare_model)
+    if log is not None and done == 0 and (warning := start.write(run, trainer, bare_model)):
+        print(warning, file=sys.stderr)
     split, judging = images.judging()
 
     def judge(by: ImageSet, text: str) -> Evaluation:

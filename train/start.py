@@ -30,20 +30,24 @@ from mocapsnet.inspection import layer_calls
 from mocapsnet.train import data
 from mocapsnet.train.files import write_whole
 from mocapsnet.train.metrics import PARTS
+from mocapsnet.train.options import ModelOptions
 from mocapsnet.train.trainer import Trainer
 
 FILE = "start.json"
 STEPS = (100, 300, 1000)
 WINDOW = 20
+DEAD = 1e-10
+"""Gradients below it are reported: steps are less than a hundredth of the learning rate."""
 
 
-def write(run: Path, trainer: Trainer, model: CapsNet) -> None:
+def write(run: Path, trainer: Trainer, model: CapsNet) -> str | None:
     """Measure the network on the first batch, and write RUN/start.json.
 
     One process does it, a micro-batch at a time, so that it needs no more memory than a step.
 
     Args:
         model: the bare model that the trainer trains; it stays as it is.
+    Returns: a warning, if it starts so that it will hardly learn.
     """
     options, accelerator = trainer.options, trainer.accelerator
     count = len(trainer.train_set)
@@ -77,6 +81,22 @@ def write(run: Path, trainer: Trainer, model: CapsNet) -> None:
             layers.append(row)
     content = {"images": images, **means(sums, images), "layers": layers, "losses": {}}
     write_whole(run / FILE, json.dumps(content, indent=2) + "\n")
+    return dead(layers[0]["gradient_rms"], options.model)
+
+
+def dead(gradient: float, model: ModelOptions) -> str | None:
+    """A warning if the root mean square gradient of the first layer is next to nothing."""
+    if not gradient < DEAD:
+        return None
+    way = "see mocapsnet compare RUN"
+    if model.init == "paper":
+        way = "--init length starts with longer capsules"
+    elif model.method == "sda" and model.bias is None:
+        way = "--bias 0.1 starts with longer capsules"
+    return (
+        f"mocapsnet: warning: gradients of the first layer are {gradient:.0e} at the start, far "
+        f"below the optimiser's epsilon of 1e-08; the network will learn late or never: {way}"
+    )
 
 
 def capsule_lengths(model: CapsNet, images: Tensor) -> dict[str, Tensor]:

@@ -118,3 +118,27 @@ def test_other_networks(model: str, command: Command) -> None:
     code, output, errors = command("compare", "run")
     assert code == 0, errors
     assert ("| hidden 2 " in output) == ("| classes " in output) == (model != "cnn")
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("arguments", "way"),
+    [
+        ("--init paper", "--init length starts with longer capsules"),
+        ("--model capsnet --method sda --blocks 2", "--bias 0.1 starts with longer capsules"),
+        ("--model capsnet --method sda --blocks 2 --bias 0.1", None),
+        ("", None),
+    ],
+)
+def test_a_start_without_gradients_is_told(
+    arguments: str, way: str | None, command: Command
+) -> None:
+    code, _, errors = command("train", *TINY, "--epochs", "1", *arguments.split(), "--out", "run")
+    assert code == 0
+    if way is None:
+        assert "warning" not in errors
+    else:
+        [line] = [line for line in errors.splitlines() if "warning" in line]
+        first = json.loads(Path("run/start.json").read_text())["layers"][0]["gradient_rms"]
+        assert first < 1e-10 and f"first layer are {first:.0e} at the start" in line
+        assert line.endswith(way)
