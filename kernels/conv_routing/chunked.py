@@ -8,6 +8,7 @@ are dropped with them. Blocks follow one another in a fixed order, so equal inpu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
@@ -19,6 +20,10 @@ from torch.nn.functional import pad
 from ..launch import accumulation_dtype
 from ..routing import chunked as routing
 from .windows import Windows
+
+KEPT_BYTES = 2 << 30
+"""Last couplings up to this size are kept for backward, which then makes no votes; larger ones are
+made again there."""
 
 
 class Block(NamedTuple):
@@ -40,8 +45,8 @@ class Block(NamedTuple):
 
 
 def block_positions(J: int, D: int, itemsize: int) -> int:
-    """Output positions of a block: two input capsules' votes for them fill a chunk."""
-    return max(32, routing.chunk_bytes() // (2 * J * D * itemsize))
+    """Output positions of a block: four input capsules' votes for them fill a chunk."""
+    return max(32, routing.chunk_bytes() // (4 * J * D * itemsize))
 
 
 def blocks(windows: Windows, B: int, J: int, D: int, itemsize: int) -> Iterator[Block]:
@@ -53,6 +58,13 @@ def blocks(windows: Windows, B: int, J: int, D: int, itemsize: int) -> Iterator[
     rows = min(height, most // max(samples * columns, 1))
     for y, x, b in product(cut(height, rows), cut(width, columns), cut(B, samples)):
         yield Block(y, x, b)
+
+
+def kept_shape(u: Tensor, W: Tensor, steps: tuple[int, ...], keep: bool) -> tuple[int, ...]:
+    """Shape of the couplings [kh kw N, J, H', W', B] that forward keeps; (0,) if it keeps none."""
+    shape = W.shape[:3].numel(), W.shape[4], *Windows.of(u, W, steps).output, len(u)
+    size = math.prod(shape) * accumulation_dtype(u, W).itemsize
+    return shape if keep and size <= KEPT_BYTES else (0,)
 
 
 def cut(size: int, most: int) -> list[slice]:
@@ -93,22 +105,30 @@ class Problem:
 
 
 def forward(
-    u: Tensor, W: Tensor, bias: Tensor | None, steps: tuple[int, ...], iterations: int, method: str
-) -> tuple[Tensor, Tensor]:
-    """v [B, H', W', J, D] and s of every iteration [R, J, D, H', W', B]."""
+    u: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    steps: tuple[int, ...],
+    iterations: int,
+    method: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v [B, H', W', J, D], s of every iteration [R, J, D, H', W', B], and the kept couplings."""
     problem = Problem(u, W, steps, method)
     (J, D), (height, width) = W.shape[4:], problem.windows.output
     s_all = problem.u.new_empty(iterations, J, D, height, width, len(u))
     v_last = problem.u.new_empty(J, D, height, width, len(u))
+    kept = problem.u.new_empty(kept_shape(u, W, steps, keep))
     for block in problem.blocks():
         votes = problem.votes(block)
-        s, v_all = routing.iterate(votes, bias, iterations, votes.u.new_empty(0))
+        couplings = block.of_output(kept) if kept.dim() == 5 else kept
+        s, v_all = routing.iterate(votes, bias, iterations, couplings)
         part = block.of_output(v_last)
         part.copy_(v_all[-1].view(part.shape))
         for r in range(iterations):
             block.of_output(s_all[r]).copy_(s[r].view(part.shape))
     v = v_last.permute(4, 2, 3, 0, 1).to(torch.promote_types(u.dtype, W.dtype))
-    return v.contiguous(), s_all
+    return v.contiguous(), s_all, kept
 
 
 def backward(
@@ -116,6 +136,7 @@ def backward(
     u: Tensor,
     W: Tensor,
     s_all: Tensor,
+    kept: Tensor,
     steps: tuple[int, ...],
     method: str,
     routing_grad: str,
@@ -127,17 +148,19 @@ def backward(
     """
     problem = Problem(u, W, steps, method)
     windows, shape = problem.windows, W.shape[4:]
-    dv = grad_v.permute(3, 4, 1, 2, 0).to(problem.u.dtype)  # [J, D, H', W', B]
+    dv = grad_v.permute(3, 4, 1, 2, 0).to(problem.u.dtype).contiguous()  # [J, D, H', W', B]
     du, dW = torch.zeros_like(problem.u), torch.zeros_like(problem.W).flatten(2)
     dbias = dW.new_zeros(shape if with_bias else 0)
     for block in problem.blocks():
         votes = problem.votes(block)
         s = [block.of_output(s_r).reshape(votes.shape) for s_r in s_all]
-        v = [routing.squash(s_r) for s_r in s]
         part = block.of_output(dv).reshape(votes.shape)
-        gradients, ds = routing.differentiate(
-            votes, part, s, v, s[0].new_empty(0), routing_grad, dW
-        )
+        v, couplings = [], kept
+        if kept.dim() == 5:
+            couplings = block.of_output(kept).reshape(-1, votes.shape[0], votes.shape[2])
+        else:
+            v = [routing.squash(s_r) for s_r in s]
+        gradients, ds = routing.differentiate(votes, part, s, v, couplings, routing_grad, dW)
         if with_bias:
             dbias += torch.stack(ds).sum((0, 3))
         for (dy, dx), step in zip(

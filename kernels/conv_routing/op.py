@@ -77,7 +77,9 @@ def conv_routing(
                 routing_grad=routing_grad,
                 bias=None if bias is None else bias.to(dtype),
             )
-    options = *stride, *padding, iterations, method, routing_grad, chosen
+    needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
+    keep = needs_grad and iterations > 1 and (method, routing_grad) == ("rba", "final")
+    options = *stride, *padding, iterations, method, routing_grad, keep, chosen
     return conv_routing_forward(u, W, bias, *options)[0]
 
 
@@ -126,14 +128,15 @@ def _forward(
     iterations: int,
     method: str,
     routing_grad: str,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """v [B, H', W', J, D], and the sums of every iteration [R, J, D, H', W', B].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v [B, H', W', J, D], the sums of every iteration [R, J, D, H', W', B], the kept couplings.
 
     Given sy, sx, the stride, and py, px, the padding.
     """
     with full_precision(u):
-        return chunked.forward(u, W, bias, (sy, sx, py, px), iterations, method)
+        return chunked.forward(u, W, bias, (sy, sx, py, px), iterations, method, keep)
 
 
 def _forward_fake(
@@ -147,13 +150,17 @@ def _forward_fake(
     iterations: int,
     method: str,
     routing_grad: str,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     B, (J, D) = u.shape[0], W.shape[4:]
     height, width = Windows.of(u, W, (sy, sx, py, px)).output
+    acc = accumulation_dtype(u, W)
+    kept_shape = chunked.kept_shape(u, W, (sy, sx, py, px), keep)
     return (
         u.new_empty(B, height, width, J, D, dtype=torch.promote_types(u.dtype, W.dtype)),
-        u.new_empty(iterations, J, D, height, width, B, dtype=accumulation_dtype(u, W)),
+        u.new_empty(iterations, J, D, height, width, B, dtype=acc),
+        u.new_empty(kept_shape, dtype=acc),
     )
 
 
@@ -162,6 +169,7 @@ def _backward(
     u: Tensor,
     W: Tensor,
     sums: Tensor,
+    kept: Tensor,
     sy: int,
     sx: int,
     py: int,
@@ -174,7 +182,7 @@ def _backward(
     """du [B, H, Wd, N, K], dW [kh, kw, N, K, J, D], and dbias [J, D] or without bias [0]."""
     with full_precision(u):
         steps = sy, sx, py, px
-        return chunked.backward(grad_v, u, W, sums, steps, method, routing_grad, with_bias)
+        return chunked.backward(grad_v, u, W, sums, kept, steps, method, routing_grad, with_bias)
 
 
 def _backward_fake(
@@ -182,6 +190,7 @@ def _backward_fake(
     u: Tensor,
     W: Tensor,
     sums: Tensor,
+    kept: Tensor,
     sy: int,
     sx: int,
     py: int,
@@ -196,20 +205,26 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, W, bias, *ctx.steps, _, ctx.method, ctx.routing_grad, ctx.backend = inputs
+    u, W, bias, *ctx.steps, _, ctx.method, ctx.routing_grad, _, ctx.backend = inputs
+    _, sums, kept = output
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, W, output[1])
+    ctx.mark_non_differentiable(sums, kept)
+    ctx.set_materialize_grads(False)  # else backward is given zeros as large as `kept`
+    ctx.save_for_backward(u, W, sums, kept)
 
 
 def _gradients(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_v is None:
-        return (None,) * 11
+        return (None,) * 12
     with_bias = ctx.bias_dtype is not None
     options = *ctx.steps, ctx.method, ctx.routing_grad, with_bias, ctx.backend
     du, dW, dbias = conv_routing_backward(grad_v, *ctx.saved_tensors, *options)
-    return du, dW, dbias.to(ctx.bias_dtype) if with_bias else None, *(None,) * 8
+    return du, dW, dbias.to(ctx.bias_dtype) if with_bias else None, *(None,) * 9
+
+
+def _layout(args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[int | None, ...]:
+    """Where v, sums and kept couplings have the batch; kept ones may be none."""
+    return 0, 5, 4 if output[2].dim() == 5 else None
 
 
 def _flat(u: Tensor, W: Tensor, *steps: int) -> tuple[Tensor, Tensor]:
@@ -222,7 +237,9 @@ def _forward_flops(u: Tensor, W: Tensor, bias: Any, *options: Any) -> int:
     return forward_flops(*_flat(u, W, *options[:4]), options[4])
 
 
-def _backward_flops(dv: Tensor, u: Tensor, W: Tensor, sums: Tensor, *options: Any) -> int:
+def _backward_flops(
+    dv: Tensor, u: Tensor, W: Tensor, sums: Tensor, kept: Tensor, *options: Any
+) -> int:
     return backward_flops(*_flat(u, W, *options[:4]), len(sums), options[5])
 
 
@@ -231,7 +248,7 @@ conv_routing_forward = Operation(
     _forward,
     _forward_fake,
     batched=1,
-    layout=lambda args, output: (0, 5),  # of the sums the batch is last
+    layout=_layout,
     flops=_forward_flops,
 )
 conv_routing_backward = Operation(

@@ -83,7 +83,7 @@ def backward(
     votes = Votes(batch_last(u, W), W, method)
     s = list(s_all.permute(0, 2, 3, 1).contiguous().unbind())  # [J, D, B] each, the bits of forward
     v = [] if len(kept) else [squash(s_r) for s_r in s]
-    dv = grad_v.permute(1, 2, 0).to(votes.dtype)
+    dv = grad_v.permute(1, 2, 0).to(votes.dtype).contiguous()  # so ds has the batch last as well
     gradients, ds_all = differentiate(votes, dv, s, v, kept, routing_grad)
     du = gradients.u.permute(2, 0, 1).to(u.dtype).contiguous()
     dbias = torch.stack(ds_all).sum((0, 3)) if with_bias else dv.new_empty(0)
@@ -98,7 +98,10 @@ def batch_last(u: Tensor, W: Tensor) -> Tensor:
 def iterate(
     votes: Votes, bias: Tensor | None, iterations: int, kept: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """s and v [J, D, B] of every iteration; `kept` is given the last couplings unless empty."""
+    """s and v [J, D, B] of every iteration; `kept` is given the last couplings unless empty.
+
+    It is [N, J, B], or has some dimensions whose sizes multiply to B in its place.
+    """
     offset = 0 if bias is None else bias.to(votes.dtype).unsqueeze(-1)  # [J, D, 1]
     s_all = [votes.uniform_sum() + offset]
     v_all = [squash(s_all[0])]
@@ -108,7 +111,7 @@ def iterate(
         for i, u_hat, _ in votes.chunks():
             c = votes.couplings(u_hat, state)
             if len(kept) and r == iterations - 1:
-                kept[i] = c
+                kept[i] = c.view(kept[i].shape)
             votes.add_weighted(s, u_hat, c)
         s_all.append(s + offset)
         v_all.append(squash(s_all[r]))

@@ -82,6 +82,24 @@ def test_equals_the_reference_in_float64(method, grad, iterations, small_blocks)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("positions", [5, 1000], ids=["blocks", "one block"])
+def test_couplings_above_the_budget_are_made_again(positions, monkeypatch):
+    arguments = problem((2, 5, 4), (3, 2), (2, 3, 4, 2))
+    monkeypatch.setattr(chunked, "block_positions", lambda *_: positions)
+    made, couplings = [], chunked.routing.Votes.couplings
+    monkeypatch.setattr(
+        chunked.routing.Votes, "couplings", lambda *args: made.append(0) or couplings(*args)
+    )
+    kept = run(*arguments, padding=1)
+    with_kept = len(made)
+    monkeypatch.setattr(chunked, "KEPT_BYTES", 12 * 4 * 5 * 5 * 2 * 8 - 1)  # one byte too few
+    made.clear()
+    again = run(*arguments, padding=1)
+    assert 2 * len(made) == 3 * with_kept  # of the second and third iteration, and in backward
+    for x, y in zip(kept, again, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 7), st.integers(1, 7)),
@@ -187,14 +205,15 @@ def test_opcheck():
     u, W, bias = problem((2, 4, 3), (3, 2), (2, 3, 4, 2), torch.float32)
     leaves = [x.requires_grad_() for x in (u, W, bias)]
     options = (2, 1, 1, 0)
-    torch.library.opcheck(
-        conv_routing_forward.registered, (*leaves, *options, 3, "rba", "full", "chunked")
-    )
-    v, sums = conv_routing_forward(u, W, bias, *options, 3, "rba", "full", "chunked")
-    tensors = [x.detach() for x in (v, u, W, sums)]
-    torch.library.opcheck(
-        conv_routing_backward.registered, (*tensors, *options, "rba", "full", True, "chunked")
-    )
+    for grad, keep in (("full", False), ("final", True)):
+        modes = 3, "rba", grad, keep, "chunked"
+        torch.library.opcheck(conv_routing_forward.registered, (*leaves, *options, *modes))
+        v, sums, kept = conv_routing_forward(u, W, bias, *options, *modes)
+        assert (kept.dim() == 5) == keep
+        tensors = [x.detach() for x in (v, u, W, sums, kept)]
+        torch.library.opcheck(
+            conv_routing_backward.registered, (*tensors, *options, "rba", grad, True, "chunked")
+        )
 
 
 def test_compiles_into_one_graph():
