@@ -14,6 +14,7 @@ QUESTIONS = {
     "reversal": "how exact is the reversal?",
     "overhead": "what does a call of routing cost beside its computation?",
     "static": "what does the compiler make of every kernel for GPUs that need not be there?",
+    "tune": "which plans of the kernels are the fastest for a network on this GPU?",
     "machine": "what is this machine, and how fast does it copy and multiply?",
     "guard": "is the speed still there? (a minute; fails if not)",
     "suite": "all of the above but the guard, one after another, with a summary of their results",

@@ -135,23 +135,30 @@ def read(device: torch.device) -> Table:
     if wanted == "0":
         return Table({}, None, "MOCAPSNET_TUNED=0")
     place = where(device)
+    if wanted not in ("", "1"):
+        return load(Path(wanted), place)
     try:
-        file = file_of(place) if wanted in ("", "1") else Path(wanted)
-        text = file.read_bytes()
-    except OSError as error:
-        if wanted in ("", "1"):
-            return Table({}, None, "no table for this GPU and these versions")
-        return Table({}, Path(wanted), f"{wanted} cannot be read ({error.strerror or error})")
+        found = load(file_of(place), place)
+        return found if found.file and found.file.exists() else Table({}, None, NONE)
+    except OSError:
+        return Table({}, None, NONE)
+
+
+def load(file: Path, place: dict[str, str]) -> Table:
+    """The table of a place in a file."""
     try:
-        content = json.loads(text)
+        content = json.loads(file.read_bytes())
         if content["where"] != place:
             differ = [k for k in place if content["where"].get(k) != place[k]]
             return Table({}, file, f"{file} is of another {' and '.join(differ) or 'place'}")
         return Table(dict(map(_entry, content["plans"])), file)
+    except OSError as error:
+        return Table({}, file, f"{file} cannot be read ({error.strerror or error})")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         return Table({}, file, f"{file} is damaged ({type(error).__name__}: {error})")
 
 
+NONE = "no table for this GPU and these versions"
 NOWHERE = Table({}, None, "plans are tuned on GPUs alone")
 
 

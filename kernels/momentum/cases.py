@@ -18,18 +18,25 @@ MODES = [("rba", "final"), ("rba", "full"), ("sda", "final"), ("sda", "full")]
 
 
 def run(
-    forward: Callable[..., Any], backward: Callable[..., Any], mode: tuple[str, str], *args: Tensor
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    mode: tuple[str, str],
+    iterations: int,
+    *args: Tensor,
 ) -> Sequence[Tensor]:
     x, v, *parameters, g = args
     weights, biases = parameters[:L], parameters[L:]
-    plan = schedule(L, GAMMA, 2, 0)
-    y, anchors = forward(x, v, weights, biases, plan, R, mode[0])
-    dx, dv, dW, dbias = backward(g, anchors, weights, biases, plan, R, *mode)
+    stack = schedule(L, GAMMA, 2, 0)
+    y, anchors = forward(x, v, weights, biases, stack, iterations, mode[0])
+    dx, dv, dW, dbias = backward(g, anchors, weights, biases, stack, iterations, *mode)
     return [y, dx, dv, *dW, *dbias]
 
 
-def specification(mode: tuple[str, str], x: Tensor, v: Tensor, *parameters: Tensor) -> Tensor:
-    return reference.momentum_routing(x, v, parameters[:L], parameters[L:], GAMMA, 0, R, *mode)
+def specification(
+    mode: tuple[str, str], iterations: int, x: Tensor, v: Tensor, *parameters: Tensor
+) -> Tensor:
+    weights, biases = parameters[:L], parameters[L:]
+    return reference.momentum_routing(x, v, weights, biases, GAMMA, 0, iterations, *mode)
 
 
 def case(
@@ -38,17 +45,26 @@ def case(
     mode: tuple[str, str],
     dtype: torch.dtype = torch.float32,
     precision: str = "highest",
+    *,
+    sizes: tuple[int, int, int] = (3, J, D),
+    iterations: int = R,
+    p: Any = None,
+    q: Any = None,
 ) -> Case:
+    """Of `form`, with B, J, D; by plans `p` forward and `q` backward if they are given."""
+    B, J, D = sizes
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    inputs = {name: ((3, J, D), torch.float32) for name in ("x", "v")}
+    inputs = {name: ((B, J, D), torch.float32) for name in ("x", "v")}
     inputs |= {f"W[{n}]": ((J, D, J, D), dtype) for n in range(L)}
     inputs |= {f"bias[{n}]": ((J, D), torch.float32) for n in range(L)}
-    both = (launchers.forward, launchers.backward)
+    forward, backward = launchers.forward, launchers.backward
+    forward = forward if p is None else partial(forward, plan=p)
+    backward = backward if q is None else partial(backward, plan=q)
     return Case(
         f"{form}, {' '.join(mode)}",
         inputs,
-        partial(run, *both, mode),
-        partial(specification, mode),
+        partial(run, forward, backward, mode, iterations),
+        partial(specification, mode, iterations),
         precision,
     )
 

@@ -23,15 +23,16 @@ FINAL, MODES = (
 def run(
     launchers: Any,
     mode: tuple[str, str],
-    options: dict[str, Any],
+    iterations: int,
+    options: tuple[dict[str, Any], dict[str, Any]],
     keep: bool,
     u: Tensor,
     W: Tensor,
     bias: Tensor,
     g: Tensor,
 ) -> tuple[Tensor, ...]:
-    v, s, kept = launchers.forward(u, W, bias, R, mode[0], keep, **options)
-    return v, *launchers.backward(g, u, W, s, kept, *mode, True, **options)
+    v, s, kept = launchers.forward(u, W, bias, iterations, mode[0], keep, **options[0])
+    return v, *launchers.backward(g, u, W, s, kept, *mode, True, **options[1])
 
 
 def case(
@@ -43,21 +44,24 @@ def case(
     *,
     precision: str = "highest",
     keep: bool = True,
+    iterations: int = R,
+    q: Any = None,
     **options: Any,
 ) -> Case:
-    """Of `form`, with B, N, K, J, D."""
+    """Of `form`, with B, N, K, J, D; by a plan `p` if one is given, and backward by `q`."""
     B, N, K, J, D = sizes
+    both = options, options | ({} if q is None else {"p": q})
 
     def specification(u: Tensor, W: Tensor, bias: Tensor) -> Tensor:
         method, routing_grad = mode
         return reference.routing(
-            u, W, iterations=R, method=method, routing_grad=routing_grad, bias=bias
+            u, W, iterations=iterations, method=method, routing_grad=routing_grad, bias=bias
         )
 
     return Case(
         f"{form}, {' '.join(mode)}",
         {"u": ((B, N, K), dtype), "W": ((N, K, J, D), dtype), "bias": ((J, D), torch.float32)},
-        partial(run, launchers, mode, options, keep and mode == FINAL),
+        partial(run, launchers, mode, iterations, both, keep and mode == FINAL),
         specification,
         precision,
     )
