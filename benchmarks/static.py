@@ -2,11 +2,13 @@
 
 Launchers run as they do on a GPU, on meta tensors, so the arguments are specialised as at a true
 launch; each launch is recorded and compiled. The files have a row per launch: registers, spills,
-shared memory, programs that a multiprocessor holds, instructions by kind. The table adds up the
-launches of each operation, forward and backward.
+shared memory, programs that a multiprocessor holds, instructions by kind, and what each limit of
+the GPU asks for. The first tables add up the launches of each operation, forward and backward.
 
-For two GPUs times are predicted from the compiled code and the datasheet, and compared with the
-floor of the equations: see benchmarks/prediction.py. They are predictions, not measurements.
+For GPUs whose rates are known times are predicted from the compiled code, the addresses it computes
+and published rates, and compared with the floor of the equations: see `shared/prediction.py`. The
+last table says what binds each launch. They are predictions, not measurements; Python's time to
+make the launches is not in them.
 Triton must not be interpreting (TRITON_INTERPRET unset). It keeps compiled code in its cache: the
 first run takes minutes for each GPU.
 """
@@ -144,6 +146,30 @@ def describe(summary: list[report.Row], dtype: str) -> str:
     return "\n\n".join(parts)
 
 
+def describe_bounds(rows: list[report.Row]) -> str:
+    """Markdown: a row per case and kernel, with the time and the limit of its launches."""
+    names = [name for name in GPUS if any(row["architecture"] == name for row in rows)]
+    lines = []
+    for case, kernel in dict.fromkeys((row["case"], row["kernel"]) for row in rows):
+        line, counts = [case, kernel], []
+        for name in names:
+            some = [
+                row
+                for row in rows
+                if (row["architecture"], row["case"], row["kernel"]) == (name, case, kernel)
+            ]
+            bounds = "/".join(dict.fromkeys(row["bound"] for row in some))
+            counts.append(len(some))
+            line.append(f"{1e6 * sum(row['predicted'] for row in some):.1f} {bounds}")
+        if any(counts):
+            lines.append([*line[:2], "/".join(map(str, dict.fromkeys(counts))), *line[2:]])
+    if not lines:
+        return ""
+    header = ["case, forward and backward", "kernel", "launches"]
+    header += [f"{GPUS[name].name}: us, limit" for name in names]
+    return f"What binds each launch, **predicted, not measured**\n\n{report.table(header, lines)}"
+
+
 def draw(summary: list[report.Row]) -> Figure:
     """Predicted times over their floors."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -202,5 +228,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         sys.exit(f"--only {args.only!r} is found in none of: {'; '.join(cases(dtype))}")
     summary = summarize(rows, dtype)
-    text = describe(summary, args.dtype)
+    text = "\n\n".join(filter(None, [describe(summary, args.dtype), describe_bounds(rows)]))
     report.write(args, "static", rows, summary, text, {"static": draw(summary)})

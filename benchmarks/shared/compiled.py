@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,10 +56,10 @@ KINDS = {  # by the first letters of an instruction's name, in this order; AMD's
     "special": ("MUFU", "v_exp", "v_rcp", "v_sqrt", "v_rsq"),
     "convert": ("F2F", "I2F", "F2I", "F2FP", "PRMT", "v_cvt"),
     "shuffle": ("SHFL", "ds_bpermute", "ds_swizzle"),
+    "barrier": ("BAR", "LDGDEPBAR", "DEPBAR", "WARPSYNC", "SYNCS", "s_barrier"),
     "global": ("LDG", "STG", "LDGSTS", "LD.", "ST.", "global_", "buffer_", "flat_"),
     "shared": ("LDS", "STS", "LDSM", "STSM", "ds_"),
     "local": ("LDL", "STL", "scratch_"),
-    "barrier": ("BAR", "LDGDEPBAR", "DEPBAR", "WARPSYNC", "SYNCS", "s_barrier"),
 }
 
 
@@ -85,6 +86,27 @@ def compile_for(architecture: str) -> None:
     driver.set_active(Driver(architecture))
 
 
+class Code(NamedTuple):
+    """Machine code in its order."""
+
+    names: list[str]
+    operands: list[str]
+    """Of each instruction, after its guard if it has one, as "@P0 R1, R2"."""
+    loops: list[tuple[int, int]]
+    """First instruction of every loop, and the one after its last; outer loops before inner."""
+
+    @property
+    def loop(self) -> list[str]:
+        """Names of the longest innermost loop."""
+        inner = [a for a in self.loops if not any(a != b and within(b, a) for b in self.loops)]
+        start, end = max(inner, key=lambda span: span[1] - span[0], default=(0, 0))
+        return self.names[start:end]
+
+
+def within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
 class Compiled(NamedTuple):
     """What one launch's kernel became."""
 
@@ -97,15 +119,17 @@ class Compiled(NamedTuple):
     """Bytes of shared memory: used, and the most that a program may use."""
     resident: int
     """Programs that a multiprocessor holds at a time."""
-    instructions: list[str]
-    loop: list[str]
-    """Names of all instructions, and of those of the longest innermost loop."""
+    code: Code
+    ptx: str
+    """Empty on AMD."""
+    parameters: list[str]
+    """Names of the kernel's arguments that are not compile-time constants."""
 
     @property
     def wide_loads(self) -> int:
         """Loads of 128 bits by each thread."""
         wide = re.compile(r"LDG\S*\.128|(global|buffer)_load_dwordx4")
-        return sum(bool(wide.match(name)) for name in self.instructions)
+        return sum(bool(wide.match(name)) for name in self.code.names)
 
 
 def compiled(launch: Launch, architecture: str) -> Compiled:
@@ -113,23 +137,32 @@ def compiled(launch: Launch, architecture: str) -> Compiled:
     options = amd_options(launch.options) if architecture in AMD else launch.options
     binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
     shared, warps = binary.metadata.shared, options["num_warps"]
+    kinds_of = binary.src.signature
+    parameters = [name for name in launch.kernel.arg_names if kinds_of[name] != "constexpr"]
     if architecture in AMD:
-        code = binary.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
-        spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)[0])
+        text = binary.asm["amdgcn"]
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
+        spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[0])
         fits = resident_amd(registers, warps, shared)
-        return Compiled(registers, spills, shared, AMD_SHARED, fits, *parse_amd(code))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(binary.asm["cubin"])
-        cubin.flush()
-        usage = inspect(TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name)
-        code = inspect(TOOLS / "nvdisasm", "-c", cubin.name)
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
-    instructions, loop = parse_nvidia(code)
-    spills = sum(name.startswith("STL") for name in instructions)
+        code = parse_amd(text)
+        return Compiled(registers, spills, shared, AMD_SHARED, fits, code, "", parameters)
+    registers, code = machine_code(binary.asm["cubin"])
+    spills = sum(name.startswith("STL") for name in code.names)
     limits = NVIDIA[architecture]
     fits = resident_nvidia(limits, registers, warps, shared)
-    return Compiled(registers, spills, shared, limits.program_shared, fits, instructions, loop)
+    most, ptx = limits.program_shared, binary.asm["ptx"]
+    return Compiled(registers, spills, shared, most, fits, code, ptx, parameters)
+
+
+@lru_cache(256)
+def machine_code(cubin: bytes) -> tuple[int, Code]:
+    """Registers of a thread, and the code; a launcher makes some launches more than once."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = inspect(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+        code = parse_nvidia(inspect(TOOLS / "nvdisasm", "-c", file.name))
+    return int(re.findall(r"REG:(\d+)", usage)[0]), code
 
 
 def inspect(*command: str | Path) -> str:
@@ -152,21 +185,21 @@ def resident_amd(registers: int, waves: int, shared: int) -> int:
     return min(at_a_time // waves, AMD_SHARED // max(shared, 1))
 
 
-def parse_nvidia(code: str) -> tuple[list[str], list[str]]:
+def parse_nvidia(code: str) -> Code:
     return parse(
         code,
         label=re.compile(r"\s*(\.L_x_\d+):"),
-        instruction=re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)"),
+        instruction=re.compile(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)"),
         branch="BRA",
         target=re.compile(r"\(?(\.L_x_\d+)\)?"),
     )
 
 
-def parse_amd(code: str) -> tuple[list[str], list[str]]:
+def parse_amd(code: str) -> Code:
     return parse(
         code,
         label=re.compile(r"(\.LBB\d+_\d+):"),
-        instruction=re.compile(r"\t([a-z]\w+)(.*)"),
+        instruction=re.compile(r"\t()([a-z]\w+)(.*)"),
         branch="s_cbranch",
         target=re.compile(r"(\.LBB\d+_\d+)"),
     )
@@ -179,30 +212,34 @@ def parse(
     instruction: re.Pattern[str],
     branch: str,
     target: re.Pattern[str],
-) -> tuple[list[str], list[str]]:
-    """Names of all instructions of a disassembly, and of those of its longest innermost loop."""
+) -> Code:
+    """What a disassembly holds."""
     names: list[str] = []
+    operands: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for line in code.splitlines():
         if found := label.match(line):
             labels[found[1]] = len(names)
         elif found := instruction.match(line):
-            name, rest = found.groups()
+            guard, name, rest = found.groups()
             names.append(name)
+            operands.append((guard or "") + rest.split(";")[0].strip())
             to = target.search(rest)
             if name.startswith(branch) and to and to[1] in labels:
                 if len(names) - labels[to[1]] > 2:  # not the endless loop after the end
                     loops.append((labels[to[1]], len(names)))
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    start, end = max(inner, key=lambda span: span[1] - span[0], default=(0, 0))
-    return names, names[start:end]
+    while names and names[-1] == "NOP":  # fills the last line of the instruction cache
+        names.pop(), operands.pop()
+    return Code(names, operands, sorted(loops, key=lambda span: (span[0], -span[1])))
+
+
+@cache
+def kind_of(name: str) -> str:
+    """Kind of an instruction; what is not arithmetic or memory is "other"."""
+    return next((k for k, prefixes in KINDS.items() if name.startswith(prefixes)), "other")
 
 
 def kinds(instructions: list[str]) -> Counter[str]:
-    """How many instructions are of each kind; what is not arithmetic or memory is "other"."""
-
-    def kind(name: str) -> str:
-        return next((k for k, prefixes in KINDS.items() if name.startswith(prefixes)), "other")
-
-    return Counter(map(kind, instructions))
+    """How many instructions are of each kind."""
+    return Counter(map(kind_of, instructions))

@@ -1,105 +1,234 @@
 """The time that compiled code lets expect on a GPU that need not be there, and the least there is.
 
-A prediction is the instructions that the compiled code issues over what the datasheet's clock and
-multiprocessors can issue, or bytes over bandwidth if that is more. It knows nothing of latency, of
-cache misses, or of a launch's cost. The floor counts only the multiply-adds that the equations
-need, and each input and output once.
+A launch takes at least as long as each of these limits alone, and is predicted to take the longest:
+
+issue      instructions of all warps; a multiprocessor issues four a clock
+fp32       multiply-adds, sums and products in float32, and products of integers
+fp64       the same in float64
+integer    integers, logic, comparisons
+tensor     matrix products on tensor cores
+mufu       special functions: exponentials, roots, reciprocals
+l1         what goes through the banks of L1 and shared memory, one wavefront a clock: conflicts,
+           spilled registers and shuffles included
+l2         sectors that L1 does not hold, and all that is written
+dram       every byte that is touched once
+latency    a warp alone, its results waiting for each other, for as many programs as run one after
+           another on one multiprocessor: what occupancy does not hide
+launch     what even an empty kernel takes after another
+
+Instructions are those of the machine code, as often as PTX's loops turn (`schedule`); wavefronts
+and sectors come from the addresses that the code computes (`addresses`, `traffic`); rates and their
+sources stand in `gpus`. There is no queueing, no limit holds up another, programs on one
+multiprocessor share nothing in L1, and L2 holds what is used twice: so the truth will be slower,
+more so where two limits are near each other. The floor counts only the multiply-adds that the
+equations need, and each input and output once.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 
 from mocapsnet.kernels.launch import Launch
-from mocapsnet.kernels.routing import triton as routing
-from mocapsnet.kernels.routing.weight_gradient import (
-    kept_weight_gradient_kernel,
-    weight_gradient_kernel,
-)
 
-from .compiled import Compiled, compiled, kinds
+from . import gpus
+from .addresses import REGION, Kernel, sample
+from .compiled import Compiled, compiled, kind_of, kinds
+from .gpus import GPUS, Gpu
+from .schedule import Warp, executions, weights
+from .traffic import SECTOR, Traffic, mean, traffic
 
-
-class Gpu(NamedTuple):
-    """Datasheet rates."""
-
-    name: str
-    multiprocessors: int
-    clock: float
-    """Boost clock in Hz."""
-    lanes: int
-    """float32 multiply-adds of a multiprocessor per clock."""
-    bandwidth: float
-    """Bytes per second of device memory."""
+__all__ = ["GPUS", "Gpu", "floor", "limits", "predicted", "row_of"]
 
 
-GPUS = {
-    "80": Gpu("A100 SXM 40 GB", 108, 1.41e9, 64, 1.555e12),
-    "90": Gpu("H100 SXM 80 GB", 132, 1.98e9, 128, 3.35e12),
-}
+class Work(NamedTuple):
+    """What one launch does, for `limits_of`."""
+
+    programs: int
+    resident: int
+    """Programs that a multiprocessor holds at a time."""
+    warps: int
+    """Of a program."""
+    executed: Counter[str]
+    """Machine instructions of one warp, by name."""
+    traffic: Traffic
+    """Of one program."""
+    memory: float
+    """Bytes of device memory that are touched."""
+    chain: float
+    """Clocks of one warp alone."""
 
 
 def row_of(launch: Launch, architecture: str) -> dict[str, Any]:
-    """One launch: its kernel, what the compiler made of it, and the predicted seconds."""
+    """One launch: what the compiler made of its kernel, the predicted seconds, what binds it."""
     made = compiled(launch, architecture)
+    code, loop = made.code, made.code.loop
+    found = limits(launch, architecture, made)
     return (
-        made._asdict()
-        | dict(
+        dict(
             kernel=launch.kernel.__name__,
             grid=launch.grid,
             warps=launch.options["num_warps"],
+            registers=made.registers,
+            spills=made.spills,
+            shared=made.shared,
+            shared_limit=made.shared_limit,
+            resident=made.resident,
             wide_loads=made.wide_loads,
-            instructions=len(made.instructions),
-            loop=len(made.loop),
-            predicted=predicted(launch, architecture, made),
+            instructions=len(code.names),
+            loop=len(loop),
+            predicted=max(found.values()) if found else None,
+            bound=max(found, key=lambda name: found[name]) if found else None,
         )
-        | {f"loop_{kind}": n for kind, n in kinds(made.loop or made.instructions).items()}
+        | {f"limit_{name}": seconds for name, seconds in (found or {}).items()}
+        | {f"loop_{kind}": n for kind, n in kinds(loop or code.names).items()}
     )
 
 
 def predicted(launch: Launch, architecture: str, made: Compiled) -> float | None:
-    """Seconds of one launch: issue of all instructions, arithmetic, or device memory."""
+    """Seconds of one launch; None for a GPU whose rates are not known."""
+    found = limits(launch, architecture, made)
+    return max(found.values()) if found else None
+
+
+def limits(launch: Launch, architecture: str, made: Compiled) -> dict[str, float] | None:
+    """Seconds that each limit alone asks for; None for a GPU whose rates are not known."""
     gpu = GPUS.get(architecture)
-    if gpu is None:
-        return None
-    per_multiprocessor = math.ceil(math.prod(launch.grid) / gpu.multiprocessors)
-    warps = launch.options["num_warps"] * per_multiprocessor
-    issued = len(made.instructions) + (trips(launch) - 1) * len(made.loop)
-    arithmetic = kinds(made.instructions)
-    for kind, count in kinds(made.loop).items():
-        arithmetic[kind] += (trips(launch) - 1) * count
-    cycles = warps * max(issued / 4, (arithmetic["fma"] + arithmetic["float"]) * 32 / gpu.lanes)
-    tensors = {id(x): x for x in launch.args if isinstance(x, torch.Tensor)}.values()
-    memory = sum(x.numel() * x.itemsize for x in tensors) / gpu.bandwidth
-    return max(cycles / gpu.clock, memory)
+    return None if gpu is None else limits_of(work_of(launch, made, gpu), gpu)
 
 
-def trips(launch: Launch) -> int:
-    """How often a kernel runs its innermost loop."""
-    named = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
-    if launch.kernel is routing.first_sum_kernel:
-        return math.ceil(named["per_slice"] * named["K"] / named["BLOCK_NK"])
-    if "per_slice" in named:
-        return named["per_slice"]
-    if "slices" in named:
-        return math.ceil(named["slices"] / named["BLOCK_S"])
-    if launch.kernel is routing.kept_backward_kernel:
-        return named["J"]
-    if launch.kernel in (weight_gradient_kernel, kept_weight_gradient_kernel):
-        return math.ceil(named["B"] / named["BLOCK_B"])
-    if "GAMMA" in named:
-        return named["end"] - named["begin"]
-    return named["R"] - 1 if named.get("FULL") else 1
+def limits_of(work: Work, gpu: Gpu) -> dict[str, float]:
+    """Seconds that each limit alone asks for."""
+    busiest = math.ceil(work.programs / gpu.multiprocessors)  # programs of one multiprocessor
+    warps = work.warps * busiest
+    count = arithmetic(work.executed)
+    spilled = sum(n * size(name) for name, n in work.executed.items() if kind_of(name) == "local")
+    cycles = {
+        "issue": warps * work.executed.total() / gpus.SCHEDULERS,
+        "fp32": warps * 32 * (count["fp32"] / gpu.lanes + count["product"] / gpus.INTEGER),
+        "fp64": warps * 32 * count["fp64"] / gpu.double,
+        "integer": warps * 32 * count["integer"] / gpus.INTEGER,
+        "tensor": warps * sum(n * tensor_clocks(x, gpu) for x, n in work.executed.items()),
+        "mufu": warps * 32 * count["mufu"] / gpus.SPECIAL,
+        "l1": busiest * (work.traffic.shared + work.traffic.l1)
+        + warps * (count["shuffle"] + spilled),
+        "latency": math.ceil(work.programs / (gpu.multiprocessors * work.resident)) * work.chain,
+    }
+    moved = work.programs * (work.traffic.read + work.traffic.written) * SECTOR
+    return {name: clocks / gpu.clock for name, clocks in cycles.items()} | {
+        "l2": moved / gpu.l2,
+        "dram": work.memory / gpu.bandwidth,
+        "launch": gpu.launch,
+    }
+
+
+PIPES = {  # by the first letters of an instruction's name
+    "fp32": ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2"),
+    "product": ("IMAD",),
+    "fp64": ("DFMA", "DADD", "DMUL", "DSETP"),
+    "mufu": ("MUFU",),
+    "shuffle": ("SHFL",),
+    "integer": ("IADD", "VIADD", "LOP", "SHF", "LEA", "ISETP", "IMNMX", "VIMNMX", "SEL", "SGXT")
+    + ("FSEL", "FSETP", "FMNMX", "PRMT", "PLOP3", "IABS", "BFE", "BMSK", "P2R", "R2P", "FCHK"),
+}
+
+
+def arithmetic(executed: Counter[str]) -> Counter[str]:
+    """Instructions by the unit that they need."""
+    count: Counter[str] = Counter()
+    for name, n in executed.items():
+        for pipe, prefixes in PIPES.items():
+            if name.startswith(prefixes):
+                count[pipe] += n
+    return count
+
+
+def size(name: str) -> int:
+    """Registers that an instruction loads or stores."""
+    return 4 if ".128" in name else 2 if ".64" in name else 1
+
+
+def tensor_clocks(name: str, gpu: Gpu) -> float:
+    """Clocks that a multiprocessor's tensor cores need for an instruction of one warp."""
+    found = re.match(r"(HMMA|DMMA|HGMMA)\.(\d+)(?:x(\d+)x(\d+))?", name)
+    if not found:
+        return 0
+    kind, first, n, k = found.groups()
+    shapes = {"1684": 16 * 8 * 4, "1688": 16 * 8 * 8, "16816": 16 * 8 * 16, "884": 8 * 8 * 4}
+    products = int(first) * int(n) * int(k) / 4 if n and k else shapes[first]  # 4 warps share wgmma
+    rate = {"HMMA": gpu.tensor, "HGMMA": gpu.wgmma, "DMMA": 2 * gpu.double}[kind]
+    return products / (rate if kind == "DMMA" or "TF32" in name else 2 * rate)
+
+
+def work_of(launch: Launch, made: Compiled, gpu: Gpu) -> Work:
+    """What one launch does, from what the compiler made of it and the addresses it computes."""
+    kernel = Kernel(made.ptx)
+    bound = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
+    arguments = [bound[name] for name in made.parameters]
+    values = [address(n, x) if isinstance(x, torch.Tensor) else x for n, x in enumerate(arguments)]
+    programs = math.prod(launch.grid)
+    counts = [0] * len(kernel.instructions)
+    cache = max(gpu.cache - made.resident * (made.shared + 1024), 0) // made.resident
+    some = sample(programs)
+    flows = [traffic(kernel.run(values, launch.grid, n, counts), cache) for n in some]
+    flow = mean(flows)
+    times = executions(made.code, kernel, [count / len(some) for count in counts])
+    executed: Counter[str] = Counter()
+    for name, n in zip(made.code.names, weights(made.code, times), strict=True):
+        executed[name] += n  # type: ignore[assignment]  # a mean of some programs
+    memory = touched(flow, arguments, programs)
+    warps = launch.options["num_warps"]
+    chain = Warp(made.code, times, latency(flow, memory, programs, gpu)).run()
+    return Work(programs, made.resident, warps, executed, flow, memory, chain)
+
+
+def address(place: int, x: torch.Tensor) -> int:
+    """Where the `place`-th argument lies, aligned as it is."""
+    return ((place + 1) << REGION) + int(x.storage_offset()) * x.itemsize % 256
+
+
+def touched(flow: Traffic, arguments: list[Any], programs: int) -> float:
+    """Bytes that a launch touches, from the means of one program.
+
+    Programs may touch the same bytes or others: so as many as all of them would if they touched
+    others, but at most the whole tensor, or for one whose address is loaded, the part of it that
+    lies between the first and the last that a program touches.
+    """
+    total = 0.0
+    for region, (sectors, span) in flow.touched.items():
+        known = region <= len(arguments)
+        most = span * SECTOR
+        if known:
+            x = arguments[region - 1]
+            most = x.numel() * x.itemsize
+        total += min(programs * sectors * SECTOR, most)
+    return total
+
+
+def latency(flow: Traffic, memory: float, programs: int, gpu: Gpu) -> dict[str, float]:
+    """Clocks until what is loaded can be used; of global memory, by the share of each cache."""
+    asked, read = max(flow.asked, 1), max(programs * flow.read * SECTOR, 1)
+    missed, far = flow.read / asked, min(memory / read, 1)
+    clocks = gpu.latency
+    beyond = (1 - far) * clocks["l2"] + far * clocks["dram"]
+    found = {"shared": clocks["shared"], "local": clocks["l1"]}
+    return found | {"global": (1 - missed) * clocks["l1"] + missed * beyond}
 
 
 def floor(sizes: tuple[int, ...], iterations: int, itemsize: int, gpu: Gpu) -> float:
-    """Seconds that forward and backward of rba, "final", take at least."""
+    """Seconds that forward and backward of rba, "final", take at least.
+
+    All multiply-adds are made by the faster of the float32 lanes and the tensor cores, on which a
+    product of float32 numbers takes three of TF32.
+    """
     B, N, K, J, D = sizes
     forward = K + (iterations - 1) * (K + 2)  # votes; with logit and weighted sum
     backward = 1 + K + 1 + K  # c ds and du; c ds again and dW
-    arithmetic = B * N * J * D * (forward + backward) / gpu.multiprocessors / gpu.lanes / gpu.clock
+    rate = {2: 2 * gpu.tensor, 4: max(gpu.lanes, gpu.tensor / 3), 8: 2 * gpu.double}[itemsize]
+    arithmetic = B * N * J * D * (forward + backward) / gpu.multiprocessors / rate / gpu.clock
     values = 2 * (B * N * K + N * K * J * D + B * J * D)
     return max(arithmetic, values * itemsize / gpu.bandwidth)

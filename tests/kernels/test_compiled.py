@@ -64,6 +64,9 @@ def compile_and_check(architecture, dtype, only, folder):
             "resident {resident:2} loop {loop:5}".format(**row)
         )
     for row in rows:
+        if architecture in ("80", "89", "90"):
+            limits = {key[6:]: x for key, x in row.items() if key.startswith("limit_")}
+            assert row["predicted"] == limits[row["bound"]] == max(limits.values()) > 0, row
         assert row["shared"] <= row["shared_limit"], row
         assert row["resident"] >= 1, row
         if dtype != "float64":
