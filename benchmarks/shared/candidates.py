@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from mocapsnet import CapsNet, CapsuleLoss, build_model
 from mocapsnet.model import CapsNetConfig
 from mocapsnet.reversible import ResidualStack
+from mocapsnet.train import graph
+from mocapsnet.train.optimizers import FusedAdam
 
 from . import published
 from .measure import relative_error
@@ -96,17 +99,36 @@ def batch_of(
 
 def training_step(
     model: CapsNet, optimizer: torch.optim.Optimizer, batch: Batch, bfloat16: bool = False
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Forward, loss, backward and optimiser; convolutions in bfloat16 if asked for."""
-    images, pixels, labels = batch
+    return partial(step_on_images(model, optimizer, bfloat16), *batch)
+
+
+def graphed_step(
+    model: CapsNet, optimizer: FusedAdam, batch: Batch, bfloat16: bool = False
+) -> Callable[[], object]:
+    """`training_step` captured as one CUDA graph, which each call replays.
+
+    Raises: whatever says that it cannot be captured, see `graph.capture`.
+    """
+    step = step_on_images(model, optimizer, bfloat16)
+    return partial(graph.capture(step, batch, model, optimizer), *batch)
+
+
+def step_on_images(
+    model: CapsNet, optimizer: torch.optim.Optimizer, bfloat16: bool
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A training step as a function of images, pixels and labels; returns the loss [1]."""
     criterion = CapsuleLoss()
 
-    def step() -> None:
+    def step(images: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             output = model(images, labels)
-        criterion(output, pixels, labels).total.backward()
+        total = criterion(output, pixels, labels).total
+        total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return total.detach().reshape(1)
 
     return step
 

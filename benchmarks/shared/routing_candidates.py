@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mocapsnet.kernels import routing
 from mocapsnet.kernels.launch import interpreting, triton_installed
+from mocapsnet.train import graph
 
 from . import published
 
@@ -92,19 +93,14 @@ def warmed(route: Route, mode: str, shape: tuple[int, ...], device: torch.device
 def graphed(route: Route, shape: tuple[int, ...], device: torch.device) -> Candidate:
     """`route` with the replay of its forward and backward."""
     u, W, g = problem(shape, device)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # warm up aside, as capturing asks for
+    with graph.aside(device) as stream:  # warm up there, as capturing asks for
         for _ in range(3):
             forward_backward(route, u, W, g)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = forward_backward(route, u, W, g)
+    again, kept = graph.recorded(partial(forward_backward, route, u, W, g), stream)
 
     def replay(held: tuple[Tensor, ...] = (u, W, g)) -> list[Tensor]:
         """`held` keeps the inputs where the graph reads them."""
-        graph.replay()
+        again()
         return kept
 
     return Candidate(route, replay, own_pool=True)

@@ -9,6 +9,7 @@ tensors from outside is put back, and what the captured operations made is fille
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -165,26 +166,33 @@ class CUDAGraph:
                     t.copy_(results[n])
 
 
-@contextmanager
-def graph(made: CUDAGraph, *, stream: Stream) -> Iterator[None]:
-    """`torch.cuda.graph`."""
-    assert stream is not DEFAULT
-    operations = made.operations
-    try:
-        with on(stream), ExitStack() as held:
-            for name in RANDOM_STATE:
-                held.enter_context(patch.object(torch, name, refused(name)))
-            held.enter_context(Functions())
-            held.enter_context(under(operations))
-            yield
-    finally:
-        for storage, content in operations.before.values():
+class graph:
+    """`torch.cuda.graph`. As there, a capture that failed ends with an error of its own, and leaves
+    its stream current."""
+
+    def __init__(self, made: CUDAGraph, *, stream: Stream) -> None:
+        assert stream is not DEFAULT
+        self.operations, self.stream, self.held = made.operations, on(stream), ExitStack()
+
+    def __enter__(self) -> None:
+        self.stream.__enter__()
+        for name in RANDOM_STATE:
+            self.held.enter_context(patch.object(torch, name, refused(name)))
+        self.held.enter_context(Functions())
+        self.held.enter_context(under(self.operations))
+
+    def __exit__(self, *error: Any) -> None:
+        self.held.close()
+        for storage, content in self.operations.before.values():
             storage.copy_(content)
         with torch.no_grad():
-            for note in operations.notes:
+            for note in self.operations.notes:
                 for _, t in note.made:
                     if t.is_floating_point():
                         t.fill_(torch.nan)
+        if error[0] is not None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.stream.__exit__(*error)
 
 
 @contextmanager
@@ -215,6 +223,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[CUDAGraph]:
     monkeypatch.setattr("mocapsnet.train.graph.DEVICES", ("cpu",))
     monkeypatch.setattr("mocapsnet.train.optimizers.FUSED", ("cpu",))
     monkeypatch.setattr("mocapsnet.kernels.checks.queued", lambda _: True)
+    workspace = importlib.import_module("mocapsnet.kernels.routing.workspace")
+    monkeypatch.setattr(workspace, "DEVICES", ())
     eagerly = Trainer._eagerly
 
     def step(self: Trainer, *args: Any) -> Tensor:

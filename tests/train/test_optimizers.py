@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mocapsnet.train.optimizers import build_optimizer, current_lr
+from mocapsnet.train.optimizers import FusedAdam, build_optimizer, current_lr
 from mocapsnet.train.options import OptimOptions
 
 from .helpers import assert_equal_nested
@@ -79,6 +79,25 @@ def test_weight_decay_is_that_of_adamw() -> None:
         step(model, optimizer, k)
         step(other, adamw, k)
     assert_equal_nested(model.state_dict(), other.state_dict())
+
+
+def test_the_fused_adam_is_adam() -> None:
+    """But for rounding, at every rate of a schedule; what it saves holds numbers for rates."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    other = copy.deepcopy(model)
+    options = OptimOptions(lr=1e-2, schedule="cosine", weight_decay=0.1)
+    adam, schedules = build_optimizer(options, model.parameters(), 20)
+    fused = FusedAdam(other.parameters(), lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True)
+    assert schedules.step is not None
+    for k in range(20):
+        fused.param_groups[0]["lr"] = current_lr(adam)
+        step(model, adam, k)
+        step(other, fused, k)
+        schedules.step.step()
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-7)
+    json.dumps(fused.state_dict()["param_groups"])
+    assert fused.rates[0] == pytest.approx(fused.param_groups[0]["lr"])
 
 
 @pytest.mark.parametrize("lr", [1e-2, 1e-5], ids=["above its least rate", "below"])
