@@ -14,6 +14,9 @@ from mocapsnet.benchmarks.shared import candidates as networks
 from mocapsnet.benchmarks.shared import measure, report, routing_candidates, shares
 from mocapsnet.cli import main as mocapsnet
 from mocapsnet.kernels import routing
+from mocapsnet.train.optimizers import FusedAdam
+
+from .train import fake_graph
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +247,30 @@ def test_routing_with_what_a_gpu_adds(tmp_path, monkeypatch):
     text = (tmp_path / "routing.md").read_text()
     assert "block, einsum: out of memory" in text and "Interrupted" in text
     assert (tmp_path / "routing_roofline.png").exists()
+
+
+def test_graphs_of_routing_and_of_a_training_step(monkeypatch):
+    """Played on the CPU, see train/fake_graph.py."""
+    graphs = fake_graph.install(monkeypatch)
+    shape, cpu = (2, 3, 4, 5, 6), torch.device("cpu")
+    candidate = routing_candidates.graphed(routing, shape, cpu)
+    with fake_graph.under(fake_graph.Passive()):
+        right = routing_candidates.forward_backward(
+            routing, *routing_candidates.problem(shape, cpu)
+        )
+    assert all(map(torch.equal, candidate.graph(), right))
+
+    batch = networks.batch_of(2, cpu)
+    models = [networks.CANDIDATES["MoCapsNet, fused, reversible"].build(1, 8) for _ in range(2)]
+    adam = [FusedAdam(model.parameters(), lr=1e-3) for model in models]
+    graphed = networks.graphed_step(models[0], adam[0], batch)
+    eager = networks.training_step(models[1], adam[1], batch)
+    assert len(graphs) == 2
+    for _ in range(2):
+        loss = graphed().clone()
+        with fake_graph.under(fake_graph.Passive()):
+            assert torch.equal(loss, eager())
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
 
 
 def test_gate_looks_at_a_graph_s_own_results(monkeypatch):
