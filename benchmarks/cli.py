@@ -11,6 +11,7 @@ QUESTIONS = {
     "step": "how long does a training step take, and where does the time go?",
     "memory": "what does a block cost in memory?",
     "depth": "what does a block cost in time?",
+    "convolution": "what do convolutional capsules cost beside unfold and einsum?",
     "reversal": "how exact is the reversal?",
     "overhead": "what does a call of routing cost beside its computation?",
     "static": "what does the compiler make of every kernel for GPUs that need not be there?",
@@ -24,7 +25,7 @@ QUESTIONS = {
 
 def main(arguments: Sequence[str]) -> None:
     """Runs one benchmark; its own options follow its name. Raises: SystemExit, with --help too."""
-    listing = "\n".join(f"  {name:12}{question}" for name, question in QUESTIONS.items())
+    listing = "\n".join(f"  {name:13}{question}" for name, question in QUESTIONS.items())
     parser = argparse.ArgumentParser(
         prog="mocapsnet benchmark",
         usage="mocapsnet benchmark NAME [options]",

@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from mocapsnet.benchmarks import depth, guard, machine, memory, overhead, reversal, step
+from mocapsnet.benchmarks import (
+    convolution,
+    depth,
+    guard,
+    machine,
+    memory,
+    overhead,
+    reversal,
+    step,
+)
 from mocapsnet.benchmarks import routing as routing_benchmark
 from mocapsnet.benchmarks.cli import QUESTIONS
 from mocapsnet.benchmarks.shared import candidates as networks
@@ -64,6 +73,43 @@ def test_divergence_is_reported():
     assert measure.relative_error(None, torch.ones(1)) == math.inf
     assert reversal.shown(math.inf) == "diverged"
     assert report.plain({"error": [math.inf, 1.0]}) == {"error": ["inf", 1.0]}
+
+
+@pytest.mark.slow
+def test_convolution(tmp_path, monkeypatch):
+    """The einsum code's limit of memory lets one grid of four in; a network fits, or does not."""
+    monkeypatch.setattr(convolution, "NETWORKS", ["fused, reversible"])
+    settings = (
+        "--sides 6 --capsules 3 --dim 4 --batch 4 --limit 0.0002 --repetitions 1 --blocks 1 2"
+    )
+    settings += " --stack-side 5 --stack-batch 2 --side 36 --network-batch 2 --network-blocks 2"
+    convolution.main([*settings.split(), "--output", str(tmp_path)])
+    rows, summary = results(tmp_path, "convolution")
+    layers = [row for row in rows if row["part"] == "layer"]
+    assert [(row["candidate"], row["batch"]) for row in layers] == [
+        *((name, 1) for name in convolution.LAYERS),
+        ("fused", 4),
+    ]
+    slopes = {row["candidate"]: row["over_state"] for row in summary if "over_state" in row}
+    assert slopes["einsum, stored"] > 2 > slopes["fused, reversible"] > 0.9
+    (step,) = (row for row in rows if row["part"] == "network")
+    assert step["fits"] and step["seconds"] > 0 and step["peak_bytes"] > 1e8
+    args = convolution.parse([*settings.split(), "--memory", "0.0001"])
+    assert not convolution.network_step(args, "einsum, stored")["fits"]
+    model = convolution.network("einsum, stored", 36, 2)
+    assert sum(isinstance(m, convolution.unfolded.UnfoldedLayer) for m in model.modules()) == 5
+    images = torch.randn(1, 3, 36, 36)
+    fused = convolution.network("fused, reversible", 36, 2)
+    fused.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images).lengths, fused(images).lengths)
+
+
+def test_convolution_refuses_a_wrong_candidate(tmp_path, monkeypatch):
+    wrong = {"fused": lambda u, W: 1.001 * convolution.LAYERS["einsum"](u, W)}
+    monkeypatch.setattr(convolution, "LAYERS", convolution.LAYERS | wrong)
+    with pytest.raises(SystemExit, match="fused, 3 capsules: errors"):
+        convolution.main(["--capsules", "3", "--dim", "4", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory(tmp_path, monkeypatch):
