@@ -5,14 +5,15 @@ Python does is done only while the step is captured. So a captured step reads no
 random numbers and makes no tensor of numbers of the host; what changes from step to step, which
 images and how they are seen, and the learning rate, it reads from tensors that stay where they are.
 
-Before a graph is relied on, it is replayed a few times, and its losses are compared with those of
-eager steps; all that these steps change is put back.
+Before a graph is relied on, it is replayed a few times, and the losses, and where the weights have
+gone, are compared with those of eager steps; all that these steps change is put back.
 
 Not tried on a GPU; tests replay captured operations on the CPU.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -103,6 +104,7 @@ def capture(
     Raises: what the step or its capture raises; RuntimeError if replays do not do what eager steps
         do.
     """
+    gc.collect()  # what is left of an eager step would draw its stream into the capture
     device = inputs[0].device
     static = [given.clone() for given in inputs]
 
@@ -146,9 +148,11 @@ def aside(device: torch.device) -> Iterator[torch.cuda.Stream]:
     for it. To warm up there what is to be captured there: libraries keep something per stream."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield stream
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield stream
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def recorded(run: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Callable[[], None], T]:

@@ -153,6 +153,17 @@ def test_a_graph_that_does_something_else_is_not_used(
     assert not any(group["capturable"] for group in optimizer.param_groups)
 
 
+def test_work_aside_is_waited_for(graphs: list[CUDAGraph]) -> None:
+    """Also if it fails, as what it changes is then put back."""
+    default = fake_graph.DEFAULT
+    with pytest.raises(KeyError), graph.aside(torch.device("cpu")) as stream:
+        assert fake_graph.Stream.current is stream
+        assert stream.waited_for == [default] and stream not in default.waited_for
+        raise KeyError
+    assert fake_graph.Stream.current is default
+    assert stream in default.waited_for
+
+
 def test_chunked_code_keeps_no_memory_of_a_gpu() -> None:
     """A graph would go on writing to it after a larger call has had it replaced."""
     gpu = torch.empty(1, device="meta")
