@@ -52,6 +52,9 @@ def candidates(call: Call) -> dict[str, Plan]:
     else:
         found["half the programs"] = p._replace(per_slice=min(2 * p.per_slice, N))
         found["twice the programs"] = p._replace(per_slice=-(-p.per_slice // 2))
+        found["twice the samples and warps"] = p._replace(
+            block_b=min(2 * p.block_b, padded(B)), num_warps=2 * p.num_warps
+        )
         found["half the samples"] = p._replace(block_b=p.block_b // 2)
         found["twice the samples"] = p._replace(block_b=min(2 * p.block_b, padded(B)))
         if p.dots:
