@@ -15,6 +15,8 @@ QUESTIONS = {
     "reversal": "how exact is the reversal?",
     "overhead": "what does a call of routing cost beside its computation?",
     "static": "what does the compiler make of every kernel for GPUs that need not be there?",
+    "graph": "what do a training step as one CUDA graph, and tuned plans, bring?",
+    "launches": "is a launch of a kernel as fast as its compiled code lets expect? (a GPU)",
     "tune": "which plans of the kernels are the fastest for a network on this GPU?",
     "machine": "what is this machine, and how fast does it copy and multiply?",
     "guard": "is the speed still there? (a minute; fails if not)",

@@ -1,9 +1,12 @@
 """What does this GPU make of it all?
 
-The kernels' tests natively, routing, a training step, memory, depth, reversal, and a short training
-on the embedded digits, with a page of tables and pictures in benchmarks/results/GPU/README.md below
-the current folder, ready to commit. Ends within --minutes, installation not included: a part that
-takes longer than its share is stopped, and a part that fails leaves its error on the page.
+The verdicts on its kernels, their tests natively, routing, a training step, every launch beside its
+prediction, plans tuned for the default network, a step as one CUDA graph and by the tuned plans,
+memory, depth, reversal, and a short training on the embedded digits with a graph and without; with
+a page of tables and pictures in benchmarks/results/GPU/README.md below the current folder, ready to
+commit. Ends within --minutes, installation not included: a part that takes longer than its share is
+stopped, and a part that fails leaves its error on the page. Plans are the static ones but where
+the tuned ones are named; those lie in plans.json beside the page, the user's own table stays.
 
 --dry-run tries all this without a GPU: the same parts on the CPU at small sizes, routing also by
 the kernels in Triton's interpreter, results in build/gpu-report. Its figures mean nothing.
@@ -12,6 +15,7 @@ the kernels in Triton's interpreter, results in build/gpu-report. Its figures me
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,11 +28,16 @@ from .shared.parts import Part, benchmark, run_all
 
 TESTS = "tests/kernels tests/mocapsnet --ignore tests/kernels/test_compiled.py"
 DRY_TESTS = "tests/kernels/test_reference.py -k squash"
+SMALL_LAUNCHES = '--cases "block layer, rba final" --shrink 32 --repetitions 1'
+SMALL_GRAPH = "--batch 2 --channels 8 --steps 1 --repetitions 1"
 SMALL_STEP = "--blocks 1 2 --batch 2 --channels 8 --repetitions 1"
 
 
+TABLE = "plans.json"
+
+
 def parts(folder: Path, scratch: Path, dry: bool) -> list[Part]:
-    """What is run, and for how long at most: 9 minutes in all."""
+    """What is run, and for how long at most: 9.5 minutes in all."""
     device = "cpu" if dry else "cuda"
 
     def one(title: str, name: str, limit: float, options: str, small: str) -> Part:
@@ -36,50 +45,71 @@ def parts(folder: Path, scratch: Path, dry: bool) -> list[Part]:
             title, name, f"--device {device} {small if dry else options}", folder, limit
         )
 
-    training = f"train --device {device} --epochs {'1 --limit 64' if dry else 10}"
     tests = DRY_TESTS if dry else TESTS
     run = [sys.executable, "-m"]
+    table = str(folder / TABLE)
+
+    def training(title: str, graph: str, limit: float) -> Part:
+        length = "1 --limit 64" if dry else 10
+        words = f"train --device {device} --graph {graph} --epochs {length}"
+        command = (*run, "mocapsnet", *words.split(), "--out", f"run-{graph}")
+        return Part(title, f"mocapsnet {words}", command, limit, tail=18, cwd=scratch)
+
     return [
-        one("Machine", "machine", 30, "", ""),
+        one("Machine", "machine", 25, "", ""),
+        Part(
+            "Verification",
+            "mocapsnet doctor",
+            (*run, "mocapsnet", "doctor"),
+            65,
+            tail=90,
+            environment=(("TRITON_INTERPRET", "0"),),  # interpreted, it would take minutes
+        ),
         Part(
             "Tests",
             f"python -m pytest -q -n 4 {tests}",
             (*run, "pytest", "-q", "-n", "4", *tests.split()),
-            130,
+            90,
             tail=8,
         ),
         one(
             "Routing",
             "routing",
-            120,
+            70,
             "--repetitions 15 --sweeps B --compiled first",
             "--repetitions 1 --sweeps B --compiled first --shrink 32 --shapes block",
         ),
-        one("Training step", "step", 60, "--repetitions 10 --blocks 1 4", SMALL_STEP),
-        one("Memory", "memory", 40, "", "--blocks 1 2 --batch 2 --channels 8 --layers 2 4"),
-        one("Depth", "depth", 40, "", "--blocks 1 2 --batch 2 --repetitions 1"),
+        one("Training step", "step", 40, "--repetitions 10 --blocks 1 4", SMALL_STEP),
+        one("Launches", "launches", 40, "", SMALL_LAUNCHES),
+        benchmark(
+            "Plans",
+            "tune",
+            f"--table {shlex.quote(table)} "
+            + ("--dry-run --rounds 1 --plans 2" if dry else "--seconds 40 --dataset mnist"),
+            folder,
+            60,
+        ),
+        one("Graph and plans", "graph", 40, "", SMALL_GRAPH)._replace(
+            environment=(("MOCAPSNET_TUNED", table),)
+        ),
+        one("Memory", "memory", 25, "", "--blocks 1 2 --batch 2 --channels 8 --layers 2 4"),
+        one("Depth", "depth", 25, "", "--blocks 1 2 --batch 2 --repetitions 1"),
         one(
             "Reversal",
             "reversal",
-            60,
+            30,
             "--depths 2 10 40 100 400 --gammas 0.5 0.9 0.99",
             "--depths 2 10 --gammas 0.9 --batch 2",
         ),
-        Part(
-            "Training on digits",
-            f"mocapsnet {training}",
-            (*run, "mocapsnet", *training.split(), "--out", "run"),
-            60,
-            tail=18,
-            cwd=scratch,
-        ),
+        training("Training on digits", "auto", 30),
+        training("Training on digits, eagerly", "off", 25),
     ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__, "gpu-report", device=False)
     parser.add_argument("--dry-run", action="store_true", help="try it on the CPU")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
     return parser.parse_args(argv)
 
 
@@ -92,13 +122,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if not Path("tests/kernels").is_dir():
         sys.exit("gpu-report: run it in the repository's folder, where the tests are")
-    environment = {"TRITON_INTERPRET": "1"} if args.dry_run else {}
+    environment = {"MOCAPSNET_TUNED": "0"} | ({"TRITON_INTERPRET": "1"} if args.dry_run else {})
     if args.dry_run:
         folder: Path = args.output or Path("build/gpu-report")
         heading = "# Dry run on a CPU: these figures mean nothing"
     else:
         folder = args.output or report.results_folder(torch.device("cuda"))
         heading = f"# {torch.cuda.get_device_name()}"
+    (folder / TABLE).unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     with tempfile.TemporaryDirectory() as scratch:
         these = parts(folder, Path(scratch), args.dry_run)
         outcomes = run_all(these, folder, heading, environment, 60 * args.minutes)

@@ -44,30 +44,42 @@ SHAPES = {  # B, N, K, J, D
 }
 
 
-def cases(dtype: torch.dtype) -> Mapping[str, Callable[[], object]]:
-    """What to compile: functions that launch, by the name of their shape and mode."""
+def cases(
+    dtype: torch.dtype, device: torch.device | str = "meta", shrink: int = 1
+) -> Mapping[str, Callable[[], object]]:
+    """What to compile: functions that launch, by the name of their shape and mode.
 
-    def tensor(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    Args:
+        device: of their tensors.
+        shrink: divides batch, input and output capsules.
+    """
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    def less(size: int) -> int:
+        return max(1, size // shrink)
 
     def routed(sizes: tuple[int, ...], method: str, routing_grad: str) -> None:
-        B, N, K, J, D = sizes
+        B, N, J = (less(sizes[n]) for n in (0, 1, 3))
+        K, D = sizes[2], sizes[4]
         u, W = tensor(B, N, K), tensor(N, K, J, D)
         keep = (method, routing_grad) == ("rba", "final")
         v, s, kept = routing.forward(u, W, tensor(J, D), 3, method, keep)
         routing.backward(v, u, W, s, kept, method, routing_grad, with_bias=True)
 
     def stacked(method: str, routing_grad: str) -> None:
-        x = torch.empty(128, 32, 8, dtype=accumulation_dtype(tensor(1)), device="meta")
-        weights, biases = [tensor(32, 8, 32, 8)] * 8, [tensor(32, 8)] * 8
+        x = tensor(B, J, 8, dtype=accumulation_dtype(tensor(1)))
+        weights, biases = [tensor(J, 8, J, 8)] * 8, [tensor(J, 8)] * 8
         plan = schedule(8, 0.9, 39, 0)
         _, anchors = momentum.forward(x, x, weights, biases, plan, 3, method)
         momentum.backward(x, anchors, weights, biases, plan, 3, method, routing_grad)
 
-    features = tensor(128, 256, 6, 6)
+    B, J = less(128), less(32)
+    features = tensor(B, 256, 6, 6)
     channels_last = features.to(memory_format=torch.channels_last)
-    u, W, u_hat = tensor(128, 32, 8), tensor(32, 8, 32, 8), tensor(128, 32, 32, 8)
-    capsules = tensor(128, 1152, 8)
+    u, W, u_hat = tensor(B, J, 8), tensor(J, 8, J, 8), tensor(B, J, J, 8)
+    capsules = tensor(B, 1152, 8)
     return (
         {
             "squash": lambda: (squash.forward(capsules), squash.backward(capsules, capsules)),

@@ -203,8 +203,8 @@ def tune_all(args: argparse.Namespace, found: Sequence[Call]) -> None:
         try:
             some = dict(islice(candidates(call).items(), args.plans))
             done.append(tune(call, some, precision, args.device, args.rounds, clock, end))
-        except RuntimeError as error:
-            trouble = str(error)
+        except (RuntimeError, KeyboardInterrupt) as error:  # what was tuned before is kept and told
+            trouble = str(error) or "interrupted: the rest was not tuned"
             break
         merged(file, place, done[-1].entries(precision), MARGIN)
     text = describe(done, MARGIN) + f"\n\nThe table: {file}"

@@ -16,7 +16,8 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,6 +115,22 @@ def forget() -> None:
         _tables.clear()
 
 
+@contextmanager
+def using(device: torch.device, table: Table) -> Iterator[None]:
+    """Launches on a device inside, in all threads, take their plans from this table."""
+    with _reading:
+        before = _tables.get(device.index)
+        _tables[device.index] = table
+    try:
+        yield
+    finally:
+        with _reading:
+            if before is None:
+                del _tables[device.index]
+            else:
+                _tables[device.index] = before
+
+
 def _first(device: torch.device) -> Table:
     with _reading:
         if device.index not in _tables:
@@ -159,6 +176,7 @@ def load(file: Path, place: dict[str, str]) -> Table:
 
 
 NONE = "no table for this GPU and these versions"
+STATIC = Table({}, None, "as asked for")
 NOWHERE = Table({}, None, "plans are tuned on GPUs alone")
 
 

@@ -37,6 +37,8 @@ class Part(NamedTuple):
     """Lines of output that belong into the page where there are no result files."""
     cwd: Path | None = None
     """Where it runs; where this process does if None."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables of its own."""
 
 
 class Outcome(NamedTuple):
@@ -99,7 +101,7 @@ def run(part: Part, environment: dict[str, str], seconds: float) -> Outcome:
             part.command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | environment,
+            env={**os.environ, **environment, **dict(part.environment)},
             cwd=part.cwd,
             start_new_session=True,
             # What a shell runs in the background ignores it, and hands that on.
@@ -165,7 +167,7 @@ def section(outcome: Outcome, folder: Path) -> str:
     lines = output.replace("\r", "\n").rstrip().splitlines()
     if error:
         parts.append(f"**{error[0].upper()}{error[1:]}.** Its last lines:" if lines else error)
-        parts += [fenced(lines[-TAIL:])] if lines else []
+        parts += [fenced(lines[-max(TAIL, part.tail) :])] if lines else []
     for path in results_of(part, folder):
         if path.suffix == ".md":
             parts.append(path.read_text().rstrip())
