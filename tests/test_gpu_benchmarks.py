@@ -11,6 +11,8 @@ from mocapsnet.kernels import tuning
 from mocapsnet.kernels.launch import recording
 from mocapsnet.kernels.squash import triton as squash
 
+from .train import fake_graph
+
 
 @pytest.fixture
 def tiny(monkeypatch, device):
@@ -152,6 +154,28 @@ def test_candidates_of_a_cpu_are_eager_and_train_by_the_plans_they_are_given(mon
     monkeypatch.setattr(candidate.trainer, "epoch", epoch)
     assert candidate.stretch(5) == 1.5
     assert seen == [(5, tuning.STATIC)] and None not in tuning._tables
+
+
+def test_a_training_by_a_graph_takes_part(monkeypatch):
+    """Where there can be one; that it trains as the eager one does is tested in tests/train."""
+    fake_graph.install(monkeypatch)
+    args = graph.parse("--device cpu --batch 2 --channels 8 --steps 2 --repetitions 1".split())
+    found, notes = graph.candidates(args)
+    assert list(found) == NAMES[::2] and len(notes) == 1  # no table
+    assert [one.trainer.graphed for one in found.values()] == [False, True]
+    assert [one.graph for one in found.values()] == [False, True]
+
+
+def test_candidates_are_captured_or_all_timed_eagerly(monkeypatch):
+    fake_graph.install(monkeypatch)
+    x, cpu = torch.zeros(3), torch.device("cpu")
+    runs, why = tuner.captured({"a": lambda: x.add_(1), "b": lambda: x.add_(10)}, cpu)
+    assert why == "" and x[0] == 11  # each ran once before its capture, which computes nothing
+    runs["b"]()
+    assert x[0] == 21
+    own = {"a": lambda: x.add_(1), "b": lambda: x.sum().item()}
+    runs, why = tuner.captured(own, cpu)
+    assert runs is own and why == "Refused: item within a graph"
 
 
 def test_a_table_stands_for_the_gpu_s_own_for_a_while(monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from mocapsnet.kernels.routing.triton import Plan
 from mocapsnet.kernels.tuning import DIRECTIONS, Chosen, Problem
 from mocapsnet.kernels.verification import usable
+from mocapsnet.train import graph
 
 from .calls import Call
 from .measure import Run, quartiles, turns
@@ -60,20 +61,14 @@ def captured(runs: Mapping[str, Run], device: torch.device) -> tuple[Mapping[str
 
     Launched from Python, a small launch is over before the next is there: then Python is timed.
     """
-    if device.type != "cuda":
+    if device.type not in graph.DEVICES:
         return runs, ""
     replays: dict[str, Run] = {}
     try:
         for name, run in runs.items():
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):  # warm up aside, as capturing asks for
+            with graph.aside(device) as stream:  # warm up there, as capturing asks for
                 run()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            replays[name] = graph.replay
+            replays[name] = graph.recorded(run, stream)[0]
     except Exception as error:  # whatever the driver may raise: timed without graphs, and told
         return runs, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return replays, ""
