@@ -156,7 +156,14 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_dry_run(tmp_path, monkeypatch):
+    """Without the doctor, who has tests of its own, and the second training."""
     monkeypatch.chdir(ROOT)
+    left_out, every = {"Verification", "Training on digits, eagerly"}, gpu_report.parts
+
+    def some(*args):
+        return [part for part in every(*args) if part.title not in left_out]
+
+    monkeypatch.setattr(gpu_report, "parts", some)
     gpu_report.main(["--dry-run", "--output", str(tmp_path)])
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("# Dry run on a CPU: these figures mean nothing\n\n## Machine")
@@ -164,9 +171,9 @@ def test_dry_run(tmp_path, monkeypatch):
         assert f"## {part.title}\n" in page
         if part.results:
             assert (tmp_path / f"{part.results}.csv").exists()
-    assert "no GPU" in page and "all votes at once" not in page  # doctor's, without failures
-    assert "| on_chip_forward_kernel [4] |" in page and "| launch |" in page
-    assert "tuning" not in page and "--graph on: a CUDA graph needs a CUDA device" in page
+    assert "| on_chip_forward_kernel [4] |" in page and "bound by" in page
+    assert "| momentum (2, 2, 2, 2, 2), 2 layers, " in page
+    assert "--graph on: a CUDA graph needs a CUDA device" in page
     assert json.loads((tmp_path / "plans.json").read_text())["margin"] > 0
     assert "triton" in (tmp_path / "routing.csv").read_text()
     assert " passed" in page and "test loss" in page and "run holds:" in page
