@@ -111,8 +111,9 @@ def amd_options(options: dict[str, Any]) -> dict[str, Any]:
     """Launch options without what Triton knows for NVIDIA GPUs alone; AMD's matrix units multiply
     float32 as it is."""
     options = {name: value for name, value in options.items() if name != "maxnreg"}
-    if options.get("PRECISION") in ("split", "rounded", "exact"):
-        options["PRECISION"] = "ieee"
+    for name in ("PRECISION", "PRECISION_G"):
+        if options.get(name) in ("split", "rounded", "exact"):
+            options[name] = "ieee"
     return options
 
 

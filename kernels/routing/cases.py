@@ -92,6 +92,7 @@ def cases() -> Iterator[Case]:
     dots = triton.Plan(on_chip=False, block_b=16, per_slice=3, num_warps=4, dots=True)
     for mode in MODES:
         yield case("tensor cores", wide, triton, mode, p=dots)
+    yield case("tensor cores, nothing kept", wide, triton, FINAL, keep=False, p=dots)
     yield case("tensor cores", wide, triton, FINAL, precision="high", p=dots)
     yield case("tensor cores", wide, triton, FINAL, torch.bfloat16, p=dots)
 

@@ -190,7 +190,9 @@ def explain(
         launch.kernel is triton.streamed_sum_kernel and launch.options["PRECISION"]
         for launch in forward
     ):
-        form += ", votes on tensor cores"
+        in_dots = any("WARPS" in launch.options for launch in backward)
+        form += ", votes and gradients on" if in_dots else ", gradients on vector units, votes on"
+        form += " tensor cores"
     launches = [tuple(map(str, part)) for part in (forward, backward)]
     return Explanation(backend, form, launches[0], launches[1], plans)
 

@@ -10,6 +10,7 @@ from .. import tuning
 from ..launch import accumulation_dtype, accumulation_type, launch, padded, split_precision
 from . import chunked
 from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
+from .owned import owned_backward_kernel
 from .reference import distance_scale
 from .streamed import (
     first_sum_kernel,
@@ -36,6 +37,15 @@ DOT_K = range(5, 33)
 
 DOT_COLUMNS = range(32, 513)
 """Numbers [J, D] of a row, sides padded, of which a tile of 16 samples fits registers."""
+
+OWNED_COLUMNS = 512
+"""Numbers [J, D] of a row, J padded to eights, of which backward on tensor cores fits registers."""
+
+OWNED_K = 16
+"""The largest input dimension of which it does."""
+
+OWNED_PROGRAMS = 264
+"""Programs that it is cut into, if the batch allows: 2 for each multiprocessor of an H100."""
 
 DOT_PROGRAMS = 528
 """Programs of a streamed pass with votes on tensor cores: 4 for each multiprocessor of an H100."""
@@ -253,6 +263,9 @@ def backward(
     if is_kept and p.dots:
         kept_backward_dots(u, W, kept, x[0], du, dW, p)
         return du, dW, x[0].sum(0) if with_bias else s.new_empty(0)
+    if owned(p, K, J, D):
+        owned_backward(u, W, x, du, dW, R, sda, full)
+        return du, dW, x[: R if full else 1].sum((0, 1)) if with_bias else s.new_empty(0)
     if p.on_chip or is_kept:
         step = N
     else:
@@ -300,6 +313,49 @@ def backward(
             )
         weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, is_kept)
     return du, dW, x[: R if full else 1].sum((0, 1)) if with_bias else s.new_empty(0)
+
+
+def owned(p: Plan, K: int, J: int, D: int) -> bool:
+    """Whether backward without kept couplings runs on tensor cores."""
+    return p.dots and K <= OWNED_K and max(padded(J), 8) * padded(D) <= OWNED_COLUMNS
+
+
+def owned_backward(
+    u: Tensor, W: Tensor, x: Tensor, du: Tensor, dW: Tensor, R: int, sda: bool, full: bool
+) -> None:
+    """Fills du [B, N, K] and dW [N, K, J, D] on tensor cores, couplings being made again."""
+    (B, N, K), (J, D) = u.shape, W.shape[2:]
+    block_j, block_d = max(padded(J), 8), padded(D)
+    warps = max(block_j * block_d // 64, 1)
+    tiles = triton.cdiv(B, 16)
+    tiles_of_part = triton.cdiv(tiles, triton.cdiv(OWNED_PROGRAMS, N))
+    parts = triton.cdiv(tiles, tiles_of_part)
+    sums = dW if parts == 1 else x.new_empty(parts, *W.shape)
+    precision = split_precision(u, W)
+    launch(
+        owned_backward_kernel,
+        (N, parts),
+        *(u, W, x, du, sums, B, N, 16 * tiles_of_part),
+        K=K,
+        J=J,
+        D=D,
+        R=R,
+        SCALE=distance_scale(J),
+        SDA=sda,
+        FULL=full,
+        PRECISION=precision,
+        # d(vote) is in float32 whatever u and W are
+        PRECISION_G="rounded" if precision == "exact" else precision,
+        WARPS=warps,
+        BLOCK_K=max(padded(K), 8),
+        BLOCK_J=block_j,
+        BLOCK_D=block_d,
+        ACC=accumulation_type(u, W),
+        num_warps=warps,
+        num_stages=1,
+    )
+    if parts > 1:
+        dW.copy_(sums.sum(0))
 
 
 def kept_backward_dots(

@@ -80,12 +80,14 @@ def compile_and_check(architecture, dtype, only, folder):
         on_chip = case.startswith(("block layer", "layer 2, 10 classes"))
         kept = case.endswith("rba final") and (dtype != "float64" or "layer 2" in case)  # <= 32 MB
         du = "kept_backward_kernel" if kept else "streamed_backward_kernel"
-        if kept and case.startswith("layer 1"):
-            du = "kept_backward_dots_kernel"
+        dots = case.startswith("layer 1") and dtype != "float64"
+        if dots:
+            du = "kept_backward_dots_kernel" if kept else "owned_backward_kernel"
         first = {"first_sum_kernel"} if "rba" in case and dtype != "float64" else set()
         streamed = STREAMED | {du} | first
-        if du == "kept_backward_dots_kernel":
-            streamed = streamed - {"weight_gradient_kernel"} | {"kept_weight_gradient_kernel"}
+        if dots:  # dW is on tensor cores too, in the kernel of du where couplings are made again
+            streamed -= {"weight_gradient_kernel"}
+            streamed |= {"kept_weight_gradient_kernel"} if kept else set()
         assert kernels == (ON_CHIP if on_chip else streamed)
     if dtype == "float32" and architecture != "gfx942":
         for row in rows:  # ds and states [J, D] are too few for more than 64 bits a thread

@@ -48,12 +48,14 @@ def form(request, monkeypatch):
     monkeypatch.setattr(routing_kernels, "DOT_K", range(1, 33))
     monkeypatch.setattr(routing_kernels, "DOT_COLUMNS", range(8, 513))
     monkeypatch.setattr(routing_kernels, "DOT_PROGRAMS", 3)
+    monkeypatch.setattr(routing_kernels, "OWNED_PROGRAMS", 3)  # several tiles of samples each
     if request.param == "on chip":
         broken = ["streamed_sum_kernel", "streamed_backward_kernel", "kept_backward_kernel"]
-        broken += ["kept_backward_dots_kernel"]
+        broken += ["kept_backward_dots_kernel", "owned_backward_kernel"]
     else:
         monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
         monkeypatch.setattr(routing_kernels, "STREAM_PROGRAMS", 3)  # several input capsules each
+        broken.append("streamed_backward_kernel" if dots else "owned_backward_kernel")
     if request.param == "streamed in parts":
         broken.append("kept_backward_kernel")
         monkeypatch.setattr(routing_kernels, "TERMS_BYTES", 300)
@@ -381,6 +383,20 @@ def test_the_form_follows_from_shapes():
     assert plan(1152, 8, 32, 8) == (False, 16, 18, 4, True)  # layer 1
     assert plan(1152, 4, 32, 8) == (False, 4, 18, 1, False)  # half of each product would be padding
     assert not routing_kernels.plan(128, 1152, 8, 32, 8, 8).dots  # float64
+
+
+def test_explain_says_where_gradients_are_made():
+    def form(K, J, D=8, **options):
+        u, W = torch.empty(128, 1152, K), torch.empty(1152, K, J, D)
+        return explain(u, W, backend="triton", **options).form.partition(", ")[2]
+
+    assert form(8, 32) == form(8, 32, method="sda") == "votes and gradients on tensor cores"
+    # more than registers hold of W, or of a row whose j are padded to eights
+    for sizes in ((24, 32), (8, 1, 128)):
+        assert (
+            form(*sizes, routing_grad="full") == "gradients on vector units, votes on tensor cores"
+        )
+    assert form(8, 128) == ""
 
 
 def test_explain_names_what_runs(form, monkeypatch):
