@@ -286,7 +286,7 @@ def backward(
             )
         elif is_kept:
             # a warp's sums for every k take 64 registers of each thread
-            block_b = max(1, min(8192 // (K * padded(D) * s.itemsize), padded(B)))
+            block_b = max(1, min(8192 // (padded(K) * padded(D) * s.itemsize), padded(B)))
             launch(
                 kept_backward_kernel,
                 (triton.cdiv(B, block_b) * N,),

@@ -65,6 +65,16 @@ def form(request, monkeypatch):
     return request.param
 
 
+def test_a_tile_of_samples_is_a_power_of_two_whatever_K_is(device):
+    """K = 6 would fit ten of 17 samples with 32 components of kept sums."""
+    u, W, g = tensors(device, torch.float32, (17, 12, 6), (12, 6, 34, 17), (17, 34, 17))
+    assert not routing_kernels.planned(u, W).on_chip
+    got = run(routing, (u, W), g, backend="triton")
+    want = run(routing, (u.double(), W.double()), g.double(), backend="reference")
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+
+
 def tensors(device, dtype, *shapes, scale=0.7):
     generator = torch.Generator().manual_seed(0)
     return [
