@@ -334,3 +334,13 @@ def test_numbers_of_ptx_wrap_as_in_registers():
     kernel = Kernel(PTX.format(body=body, threads=32))
     (access,) = kernel.run((A, 7), (1,), 0, [0] * len(kernel.instructions))
     np.testing.assert_array_equal(access.addresses, 4 * ((4 + np.arange(32)) % 32))
+
+
+def test_bytes_are_permuted():
+    """0x7701: bytes 1 and 0 of the first operand, then of the second operand's byte 3 twice; a
+    selector of 8 and more stands for the sign of a byte."""
+    from mocapsnet.benchmarks.shared.addresses import permuted
+
+    a, b = (np.array([x], np.int64) for x in (0x44332281, 0x88776655))
+    for selector, expected in ((0x7701, 0x88888122), (0x3210, 0x44332281), (0xF8A4, 0xFFFF0055)):
+        assert permuted(a, b, np.array([selector], np.int64)) == expected

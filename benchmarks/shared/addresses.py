@@ -214,6 +214,16 @@ def shifted_right(a: Numbers, b: Numbers) -> Numbers:
     return a >> np.minimum(b, 63)
 
 
+def permuted(a: Numbers, b: Numbers, c: Numbers) -> Numbers:
+    """Four of the eight bytes of `b` and `a`, or what their signs extend to."""
+    result = np.zeros_like(a)
+    for n in range(4):
+        which = c >> 4 * n & 15
+        byte = (b << 32 | a) >> 8 * (which & 7) & 255
+        result |= np.where(which & 8, np.where(byte & 128, 255, 0), byte) << 8 * n
+    return result
+
+
 ARITHMETIC: dict[str, Callable[..., Numbers]] = {
     "mov": lambda a: a,
     "cvt": lambda a: a,
@@ -235,6 +245,7 @@ ARITHMETIC: dict[str, Callable[..., Numbers]] = {
     "div": divided,
     "rem": lambda a, b: a - divided(a, b) * b,
     "bfe": field,
+    "prmt": permuted,
     "selp": chosen,
 }
 COMPARISONS: dict[str, Callable[[Numbers, Numbers], Numbers]] = {
