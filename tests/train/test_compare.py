@@ -83,6 +83,10 @@ def test_tables(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch)
         for line, (_, *cells) in zip(axes.lines, table, strict=False):
             shown = [float(cell.split()[0].rstrip("%")) for cell in cells if cell]
             assert line.get_ydata() == pytest.approx(shown, rel=5e-3)
+    for run, content in zip((a, b), ours, strict=True):  # not far enough for the first losses
+        (run / "start.json").write_text(json.dumps(content | {"losses": {}}))
+    assert command("compare", "a", "b", "--picture", "c.png")[0] == 0
+    assert [len(figure.axes) for figure in figures] == [4, 2]
     monkeypatch.setattr(compared, "save", sheet.save)
     code, _, errors = command("compare", "a", "b", "--picture", "no/c.png")
     assert code == 2 and "no/c.png cannot be written" in errors and errors.count("\n") == 1

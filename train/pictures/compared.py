@@ -36,39 +36,42 @@ def draw(
         lengths, gradients: tables with a row for each layer and a column for each run.
     Raises: InputError if it cannot be written there.
     """
-    figure = Figure(figsize=(12, 8.2 + 0.22 * len(names)), layout="constrained")
+    counts = sorted({int(n) for found in starts for n in found.get("losses", {})})
+    trained = bool(counts)  # else they have not got far enough to say how
+    figure = Figure(figsize=(12, 4.2 + 4 * trained + 0.22 * len(names)), layout="constrained")
     heading(
         figure,
-        "How the runs started, and how far they have got",
-        "Below: before the first step. Gradients far under the dashed line move nothing, as Adam "
-        "divides by their size plus 1e-8.",
+        "How the runs started" + trained * ", and how far they have got",
+        f"{'Below: b' if trained else 'B'}efore the first step. Gradients far under the dashed "
+        "line move nothing, as Adam divides by their size plus 1e-8.",
     )
-    (early, late), (length, gradient) = figure.subplots(2, 2)
+    panels = figure.subplots(1 + trained, 2, squeeze=False)
     colours = mpl.colormaps["tab10" if len(names) <= 10 else "tab20"]
     styles = [
         {"color": colours(n % colours.N), "marker": MARKS[n % len(MARKS)], "ms": 4, "lw": 1.2}
         for n in range(len(names))
     ]
-    for found, curve, style in zip(starts, accuracies, styles, strict=True):
-        losses = {0: found, **{int(n): part for n, part in found.get("losses", {}).items()}}
-        early.plot(
-            list(losses), [part.get("margin", float("nan")) for part in losses.values()], **style
-        )
-        late.plot([epoch for epoch, _ in curve], [100 * share for _, share in curve], **style)
-    early.set(title="Loss of the classes, in training", xlabel="steps", ylabel="per image")
-    counts = [0, *sorted({int(n) for found in starts for n in found.get("losses", {})})]
-    early.set_xscale("symlog", linthresh=100)
-    early.set_xticks(counts, [f"{n:,}" for n in counts])
-    early.xaxis.set_minor_locator(NullLocator())
-    late.set(title="Accuracy, in testing", xlabel="epoch", ylabel="%")
-    late.xaxis.set_major_locator(MaxNLocator(integer=True))
+    length, gradient = panels[-1]
     by_layer(length, lengths, styles, "Length of the capsules that a layer makes")
     by_layer(gradient, gradients, styles, "Gradient of a layer's weights, root mean square")
     gradient.axhline(ADAM_EPSILON, color="black", lw=1, ls="--")
-    for axes in (early, late, length, gradient):
+    if trained:
+        early, late = panels[0]
+        for found, curve, style in zip(starts, accuracies, styles, strict=True):
+            losses = {0: found, **{int(n): part for n, part in found.get("losses", {}).items()}}
+            margins = [part.get("margin", float("nan")) for part in losses.values()]
+            early.plot(list(losses), margins, **style)
+            late.plot([epoch for epoch, _ in curve], [100 * share for _, share in curve], **style)
+        early.set(title="Loss of the classes, in training", xlabel="steps", ylabel="per image")
+        early.set_xscale("symlog", linthresh=100)
+        early.set_xticks([0, *counts], [f"{n:,}" for n in (0, *counts)])
+        early.xaxis.set_minor_locator(NullLocator())
+        late.set(title="Accuracy, in testing", xlabel="epoch", ylabel="%")
+        late.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
         axes.title.set_size(11)
-    figure.legend(late.lines, names, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(length.lines, names, loc="outside lower center", ncols=2, frameon=False)
     try:
         save(figure, path)
     except (OSError, ValueError) as error:  # no folder, or an ending that is no picture's
