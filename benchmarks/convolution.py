@@ -191,8 +191,8 @@ def network_child(
     """Sends seconds and the peak that the system counted, or that the memory did not suffice."""
     import resource
 
-    limit = int(memory * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30), limits[1]))
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     try:
@@ -206,6 +206,7 @@ def network_child(
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error):
             raise
+        resource.setrlimit(resource.RLIMIT_DATA, limits)  # or there may be none left to say so
         pipe.send({"fits": False})
         return
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
