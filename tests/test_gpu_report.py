@@ -176,7 +176,7 @@ def test_dry_run(tmp_path, monkeypatch):
     assert "--graph on: a CUDA graph needs a CUDA device" in page
     assert json.loads((tmp_path / "plans.json").read_text())["margin"] > 0
     assert "triton" in (tmp_path / "routing.csv").read_text()
-    assert " passed" in page and "test loss" in page and "run holds:" in page
+    assert " passed" in page and "test loss" in page and "run-auto holds:" in page
     assert "einsum, compiled" in (tmp_path / "routing.csv").read_text()
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from mocapsnet.kernels import explain, launch, primary_capsules, routing, squash, votes
@@ -300,6 +300,8 @@ def test_any_shape_and_values(mode, form, device, data):
         [0.0, 1e-30, 1e-3, 1.0, 30.0]
     )  # beyond, full gradients are all rounding
     u, W, bias, g = tensors(device, torch.float64, (B, N, K), (N, K, J, D), (J, D), (B, J, D))
+    if form == "tensor cores":  # the smallest fill no tile and take other kernels
+        assume(routing_kernels.planned(u, W).dots)
     u, bias = u * data.draw(scales), bias * data.draw(scales)
     if data.draw(st.booleans()):
         u[:, ::2] = 0

@@ -232,7 +232,7 @@ def test_every_run_has_a_gpu(
 def test_an_interrupt_ends_what_runs_and_says_how_to_go_on(fake: Configuration) -> None:
     mine = [run for run in runs_of(fake) if run.keys["seed"] == 3]
     folder, written = Path("runs/own"), []
-    child = folder / mine[0].name
+    child, before = folder / mine[0].name, psutil.Process().children()
 
     watch = threading.Thread(
         target=interrupt_when, args=[child.joinpath("waiting").absolute().exists]
@@ -249,7 +249,8 @@ def test_an_interrupt_ends_what_runs_and_says_how_to_go_on(fake: Configuration) 
         )
     watch.join()
     assert written and (child / "waiting").exists()
-    assert not [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    new = [p for p in psutil.Process().children() if p not in before]
+    assert not [p for p in new if p.status() != psutil.STATUS_ZOMBIE]
     assert states.Failures(folder).reasons == {}
 
 
