@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from mocapsnet import CapsNet, CapsuleLayer, CapsuleLoss, MoCapsNet, MomentumStack, ResCapsNet
 
@@ -113,3 +114,25 @@ def test_capsule_layers_take_the_stream_as_it_is():
         )
         for a, b in zip(got, want, strict=True):
             assert a.dtype == b.dtype and (a - b).norm() <= 2**-7 * b.norm()
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_features_are_channels_last_where_convolutions_are_faster_so(colours):
+    """In 16 bits, of weights or by autocast, and on GPUs; not in float32 on a CPU."""
+    model, images = CapsNet((colours, 12, 10), 7, **SMALL), torch.randn(2, colours, 12, 10)
+    want = model.features(images)
+    assert want.is_contiguous()
+
+    def in_bfloat16():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.features(images)
+
+    compiled = torch.compile(in_bfloat16, fullgraph=True, backend="aot_eager")
+    low = copy.deepcopy(model).bfloat16()
+    for got in (in_bfloat16(), compiled(), low.features(images)):
+        assert got.dtype == torch.bfloat16
+        assert got.is_contiguous(memory_format=torch.channels_last) and not got.is_contiguous()
+        assert (got - want).norm() < 4 * torch.finfo(torch.bfloat16).eps * want.norm()
+    with FakeTensorMode(), torch.device("cuda"):  # needs none
+        got = CapsNet((colours, 12, 10), 7, **SMALL).features(torch.empty(2, colours, 12, 10))
+    assert got.is_contiguous(memory_format=torch.channels_last) and not got.is_contiguous()
