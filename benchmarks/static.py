@@ -24,6 +24,7 @@ from functools import partial
 import torch
 from matplotlib.figure import Figure
 
+from mocapsnet.kernels.conv_routing import triton as conv_routing
 from mocapsnet.kernels.launch import accumulation_dtype, interpreting, recording
 from mocapsnet.kernels.momentum import triton as momentum
 from mocapsnet.kernels.momentum.schedule import schedule
@@ -68,6 +69,13 @@ def cases(
         v, s, kept = routing.forward(u, W, tensor(J, D), 3, method, keep)
         routing.backward(v, u, W, s, kept, method, routing_grad, with_bias=True)
 
+    def windowed(capsules: int, method: str, routing_grad: str) -> None:
+        N = less(capsules)
+        u, W = tensor(less(16), 8, 8, N, 16), tensor(3, 3, N, 16, N, 16)
+        steps, keep = (1, 1, 1, 1), (method, routing_grad) == ("rba", "final")
+        v, s, kept = conv_routing.forward(u, W, tensor(N, 16), steps, 3, method, keep)
+        conv_routing.backward(v, u, W, s, kept, steps, method, routing_grad, with_bias=True)
+
     def stacked(method: str, routing_grad: str) -> None:
         x = tensor(B, J, 8, dtype=accumulation_dtype(tensor(1)))
         weights, biases = [tensor(J, 8, J, 8)] * 8, [tensor(J, 8)] * 8
@@ -98,6 +106,14 @@ def cases(
             for method in ("rba", "sda")
             for routing_grad in ("final", "full")
             for shape, sizes in SHAPES.items()
+        }
+        | {
+            f"windows, {capsules} capsules, {method} {routing_grad}": partial(
+                windowed, capsules, method, routing_grad
+            )
+            for method in ("rba", "sda")
+            for routing_grad in ("final", "full")
+            for capsules in (16, 32)
         }
         | {
             f"stack of 8 layers, {method} {routing_grad}": partial(stacked, method, routing_grad)

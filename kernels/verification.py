@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "votes": (),
     "routing": (),
     "momentum": ("routing",),
+    "conv_routing": ("routing",),
 }
 """Operations, by the folder whose `cases.py` names what is verified, each with the others whose
 launches it makes too."""
@@ -74,7 +75,7 @@ def verify(
 
     Args:
         device: a GPU, None for the current one; or the CPU, if Triton's interpreter is on.
-        families: of "squash", "primary", "votes", "routing" and "momentum".
+        families: of "squash", "primary", "votes", "routing", "momentum" and "conv_routing".
         again: also where there is a verdict already.
     Returns: a verdict for each family, its failures empty if all is right.
     Raises: ValueError if a family is unknown or Triton cannot run on the device.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import accumulation_dtype, full_precision, implementation
+from ..launch import accumulation_dtype, device_of, full_precision, implementation
 from ..library import Operation
 from ..routing.op import backward_flops, forward_flops
 from . import chunked, reference
@@ -49,9 +49,10 @@ def conv_routing(
         iterations, method, routing_grad: as in `routing`.
         bias: added to the weighted sum before squash [J, D], or None.
         backend: None chooses; "reference" is eager PyTorch with all windows and votes in memory;
-            "chunked" is PyTorch with those of a few positions in memory at a time. Forward-mode
-            differentiation, torch.jit.trace and ONNX export take "reference" alone, and then None
-            chooses it.
+            "chunked" is PyTorch with those of a few positions in memory at a time, the choice for
+            CPUs; "triton" is the fused kernels of `routing`, which read windows from the grid, the
+            choice for GPUs. Forward-mode differentiation, torch.jit.trace and ONNX export take
+            "reference" alone, and then None chooses it.
     Returns: output capsules [B, H', W', J, D], length of each in [0, 1);
         H' = (H + 2 padding - kh) // stride + 1, and W' alike.
     Raises: ValueError if a shape, dtype, device or option does not fit; the message says which.
@@ -59,11 +60,7 @@ def conv_routing(
         `routing` for the routing.
     """
     stride, padding = _check(u, W, stride, padding, iterations, method, routing_grad, bias)
-    if backend == "triton":
-        raise ValueError(
-            'conv_routing has no backend="triton" yet: use backend=None, which runs on GPUs too'
-        )
-    chosen = implementation(u, backend, eager="chunked")
+    chosen = implementation(u, backend, eager="chunked", family="conv_routing")
     if chosen == "reference":
         dtype = torch.promote_types(u.dtype, W.dtype)
         with full_precision(u):
@@ -131,10 +128,16 @@ def _forward(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v [B, H', W', J, D], the sums of every iteration [R, J, D, H', W', B], the kept couplings.
+    """v [B, H', W', J, D], the sums of every iteration, and the kept couplings.
 
-    Given sy, sx, the stride, and py, px, the padding.
+    Given sy, sx, the stride, and py, px, the padding. The sums are [R, J, D, H', W', B], those of
+    Triton [R, B, H', W', J, D].
     """
+    if backend == "triton":
+        from . import triton
+
+        with device_of(u):
+            return triton.forward(u, W, bias, (sy, sx, py, px), iterations, method, keep)
     with full_precision(u):
         return chunked.forward(u, W, bias, (sy, sx, py, px), iterations, method, keep)
 
@@ -156,10 +159,17 @@ def _forward_fake(
     B, (J, D) = u.shape[0], W.shape[4:]
     height, width = Windows.of(u, W, (sy, sx, py, px)).output
     acc = accumulation_dtype(u, W)
-    kept_shape = chunked.kept_shape(u, W, (sy, sx, py, px), keep)
+    if backend == "triton":
+        from . import triton
+
+        kept_shape = triton.kept_shape(u, W, (sy, sx, py, px), keep)
+        sums_shape = B, height, width, J, D
+    else:
+        kept_shape = chunked.kept_shape(u, W, (sy, sx, py, px), keep)
+        sums_shape = J, D, height, width, B
     return (
         u.new_empty(B, height, width, J, D, dtype=torch.promote_types(u.dtype, W.dtype)),
-        u.new_empty(iterations, J, D, height, width, B, dtype=acc),
+        u.new_empty(iterations, *sums_shape, dtype=acc),
         u.new_empty(kept_shape, dtype=acc),
     )
 
@@ -180,8 +190,13 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du [B, H, Wd, N, K], dW [kh, kw, N, K, J, D], and dbias [J, D] or without bias [0]."""
+    steps = sy, sx, py, px
+    if backend == "triton":
+        from . import triton
+
+        with device_of(u):
+            return triton.backward(grad_v, u, W, sums, kept, steps, method, routing_grad, with_bias)
     with full_precision(u):
-        steps = sy, sx, py, px
         return chunked.backward(grad_v, u, W, sums, kept, steps, method, routing_grad, with_bias)
 
 
@@ -224,7 +239,8 @@ def _gradients(ctx: Any, grad_v: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 def _layout(args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[int | None, ...]:
     """Where v, sums and kept couplings have the batch; kept ones may be none."""
-    return 0, 5, 4 if output[2].dim() == 5 else None
+    sums, kept = (1, 2) if args[-1] == "triton" else (5, 4)
+    return 0, sums, kept if output[2].dim() == 5 else None
 
 
 def _flat(u: Tensor, W: Tensor, *steps: int) -> tuple[Tensor, Tensor]:

@@ -33,3 +33,10 @@ class Windows(NamedTuple):
         """H' and W'."""
         height = (self.H + 2 * self.py - self.kh) // self.sy + 1
         return height, (self.Wd + 2 * self.px - self.kw) // self.sx + 1
+
+    def addresses(self, N: int, K: int) -> tuple[int, ...]:
+        """Where the windows of a grid [B, H + 2 py, Wd + 2 px, N, K] lie, see `routing/tile.py`."""
+        H, Wd = self.H + 2 * self.py, self.Wd + 2 * self.px
+        n = N * K
+        steps = H * Wd * n, self.sy * Wd * n, self.sx * n
+        return self.kw * n, (Wd - self.kw) * n, *self.output, *steps

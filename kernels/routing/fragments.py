@@ -13,6 +13,8 @@ Those of a warp are ordered (d, j), and JQ is how many eights of j it has.
 import triton
 import triton.language as tl
 
+from .tile import sample
+
 
 @triton.jit
 def lanes(SIZE: tl.constexpr, V: tl.constexpr, WARPS: tl.constexpr):
@@ -82,21 +84,52 @@ def weights(
 
 
 @triton.jit
-def inputs(p_u, rows, stride, K: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr):
-    """u_i [WARPS, 16, K], the same for all warps, as the first factor of votes."""
+def of_samples(p_u, first, row, stride, WINDOWS: tl.constexpr):
+    """Pointers to rows that are counted from sample `first` on; see `tile.sample`."""
+    if WINDOWS is None:
+        p = p_u + first * stride + row * stride
+    else:
+        p = p_u + sample(first + row, stride, WINDOWS)
+    return p
+
+
+@triton.jit
+def inputs(
+    p_u,
+    first,
+    rows,
+    stride,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):
+    """u_i [WARPS, 16, K] of `rows` samples from the first, the same for all warps, as the first
+    factor of votes."""
     v, t, g, w, e = lanes(16 * BLOCK_K * WARPS, 2, WARPS)
     row, k = e % 2 * 8 + g, e // 2 * 8 + 2 * t + v
-    u = tl.load(p_u + row * stride + k, (row < rows) & (k < K), 0)
+    p_u = of_samples(p_u, first, row, stride, WINDOWS)
+    u = tl.load(p_u + k, (row < rows) & (k < K), 0)
     u = tl.reshape(u, [BLOCK_K // 8, 2, WARPS, 8, 4, 2])
     return tl.reshape(tl.permute(u, (2, 1, 3, 0, 5, 4)), [WARPS, 16, BLOCK_K])
 
 
 @triton.jit
-def samples(p_u, rows, stride, K: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr):
-    """u_i [WARPS, 16, K], the same for all warps, as the second factor of dW."""
+def samples(
+    p_u,
+    first,
+    rows,
+    stride,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):
+    """The same as the second factor of dW."""
     _, t, g, w, e = lanes(16 * BLOCK_K * WARPS, 1, WARPS)
     row, k = e % 4 * 4 + t, e // 4 * 8 + g
-    u = tl.load(p_u + row * stride + k, (row < rows) & (k < K), 0)
+    p_u = of_samples(p_u, first, row, stride, WINDOWS)
+    u = tl.load(p_u + k, (row < rows) & (k < K), 0)
     u = tl.reshape(u, [BLOCK_K // 8, 4, WARPS, 8, 4])
     return tl.reshape(tl.permute(u, (2, 1, 4, 0, 3)), [WARPS, 16, BLOCK_K])
 

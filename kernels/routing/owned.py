@@ -31,6 +31,7 @@ def owned_backward_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """du [B, N, K] and dW [parts, N, K, J, D] of one input capsule and one part of the batch.
 
@@ -47,13 +48,14 @@ def owned_backward_kernel(
     for start in range(part * per_part, tl.minimum(B, (part + 1) * per_part), 16):
         rows = B - start
         row = tl.arange(0, 16)[:, None, None].to(tl.int64)
-        p_u = u_ptr + start * row_u + i * K
+        p_u = u_ptr + i * K
         p_x = x_ptr + start * row_x
-        b_u = fragments.inputs(p_u, rows, row_u, K, BLOCK_K, WARPS).to(ACC)
+        b_u = fragments.inputs(p_u, start, rows, row_u, K, BLOCK_K, WARPS, WINDOWS).to(ACC)
         b_W = fragments.weights(p_W, False, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS).to(ACC)
         u_hat = fragments.tile(dots.dot(b_u, b_W, PRECISION), BLOCK_J, BLOCK_D)
         if SDA:
-            u_hat, f, length = tile.shorten(u_hat, p_u + row * row_u, row < rows, K, ACC)
+            p_rows = fragments.of_samples(p_u, start, row, row_u, WINDOWS)
+            u_hat, f, length = tile.shorten(u_hat, p_rows, row < rows, K, ACC)
         g = tl.zeros_like(u_hat)
         for n in range(1, R if FULL else min(R, 2)):  # iterations R - 1, ..., 1 counted from 0
             p_ds = p_x + (R - n if FULL else 0) * stride_x
@@ -69,18 +71,19 @@ def owned_backward_kernel(
             g += fragments.outputs(p_x, rows, J, D, BLOCK_J, BLOCK_D, WARPS) / J
         if SDA:
             g, along = tile.unshorten(g, u_hat, f, length)
-        b_u = fragments.samples(p_u, rows, row_u, K, BLOCK_K, WARPS).to(ACC)
+        b_u = fragments.samples(p_u, start, rows, row_u, K, BLOCK_K, WARPS, WINDOWS).to(ACC)
         dW = dots.add(dW, dots.dot(fragments.operand(g, WARPS, True), b_u, PRECISION_G))
         b_W = fragments.weights(p_W, True, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS).to(ACC)
         du = tl.sum(dots.dot(fragments.operand(g, WARPS, False), b_W, PRECISION_G), 0)  # [16, K]
         k = tl.arange(0, BLOCK_K)[None, :]
         row = tl.arange(0, 16)[:, None]
+        m_u = (row < rows) & (k < K)
         if SDA:
             radial = tl.reshape(tl.sum(along, 1, keep_dims=True), [16, 1])
-            m_u = (row < rows) & (k < K)
-            du += radial * tl.load(p_u + row * row_u + k, m_u, 0).to(ACC)
-        p_du = du_ptr + (start + row) * row_u + i * K + k
-        tl.store(p_du, du, (row < rows) & (k < K))
+            p_u = fragments.of_samples(p_u, start, row, row_u, WINDOWS) + k
+            du += radial * tl.load(p_u, m_u, 0).to(ACC)
+        p_du = fragments.of_samples(du_ptr + i * K, start, row, row_u, WINDOWS) + k
+        tile.store_gradient(p_du, du, m_u, WINDOWS)
     k = tl.arange(0, BLOCK_K)[:, None, None]
     p_dW = dW_ptr + part * (N.to(tl.int64) * K * J * D) + (i * K + k) * J * D + j * D + d
     tl.store(p_dW, fragments.weight_tile(dW, BLOCK_J, BLOCK_D), (k < K) & m)

@@ -33,6 +33,7 @@ def streamed_sum_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """s of one iteration, or d(state) if GRADIENT, over a slice each: partial [slices, B, J, D].
 
@@ -52,7 +53,7 @@ def streamed_sum_kernel(
     if GRADIENT:
         ds = tl.load(ds_ptr + o_v, m_v, 0)
     for i in range(first, tl.minimum(first + per_slice, N)):
-        p_u = u_ptr + (b * N + i) * K
+        p_u = u_ptr + tile.capsule(b, i, N, K, WINDOWS)
         p_W = W_ptr + i * K * J * D + j * D + d
         m_W = (j < J) & (d < D)
         if UNIFORM and not SDA:
@@ -62,7 +63,7 @@ def streamed_sum_kernel(
                 u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
             else:
                 k = tl.arange(0, BLOCK_K)
-                p_u_k = u_ptr + (row * N + i) * K + k[None, :]
+                p_u_k = u_ptr + tile.capsule(row, i, N, K, WINDOWS) + k[None, :]
                 m_u_k = (row < B) & (k[None, :] < K)
                 k = k[:, None, None]
                 u_hat = dots.votes(p_u_k, m_u_k, p_W + k * J * D, m_W & (k < K), PRECISION, ACC)
@@ -103,6 +104,7 @@ def first_sum_kernel(
     BLOCK_NK: tl.constexpr,
     BLOCK_JD: tl.constexpr,
     ACC: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """s of the first iteration of rba over a slice each, one matrix product / J, on tensor cores:
     partial [slices, B, J, D].
@@ -115,7 +117,8 @@ def first_sum_kernel(
     for begin in range(first * K, end, BLOCK_NK):
         k = begin + tl.arange(0, BLOCK_NK)
         m_u = (b < B) & (k[None, :] < end)
-        b_u = tl.load(u_ptr + b * (N.to(tl.int64) * K) + k[None, :], m_u, 0).to(ACC)
+        o_u = tile.sample(b, N.to(tl.int64) * K, WINDOWS) + tile.within(k[None, :], WINDOWS)
+        b_u = tl.load(u_ptr + o_u, m_u, 0).to(ACC)
         m_W = (k[:, None] < end) & (column < J * D)
         b_W = tl.load(W_ptr + k[:, None] * (J * D) + column, m_W, 0).to(ACC)
         acc = dots.add(acc, dots.dot(b_u, b_W, PRECISION))
@@ -239,6 +242,7 @@ def streamed_backward_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """du, and the terms a [TERMS (+ 1), B, end - begin, J] of d(u_hat), for i from begin to end."""
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
@@ -251,7 +255,8 @@ def streamed_backward_kernel(
     m_a = (b < B) & (j < J)
     first = begin + tl.program_id(1).to(tl.int64) * per_slice
     for i in range(first, tl.minimum(first + per_slice, end)):
-        p_u = u_ptr + (b * N + i) * K
+        o_u = tile.capsule(b, i, N, K, WINDOWS)
+        p_u = u_ptr + o_u
         p_W, m_W = W_ptr + i * K * J * D + j * D + d, (j < J) & (d < D)
         p_a = a_ptr + (b * (end - begin) + i - begin) * J + j
         radial = 0.0
@@ -285,7 +290,7 @@ def streamed_backward_kernel(
             tl.store(p_a + TERMS * stride_a, f * f * (of_vote - along), m_a)
             radial = tl.sum(along, 1, keep_dims=True)
         tile.input_gradient(
-            du_ptr + (b * N + i) * K, p_u, b < B, p_W, m_W, g, radial, K, J, D, SDA, ACC
+            du_ptr + o_u, p_u, b < B, p_W, m_W, g, radial, K, J, D, SDA, ACC, WINDOWS
         )
 
 
@@ -303,6 +308,7 @@ def kept_backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """du of one input capsule (8, 14), rba "final", from the couplings c [N, J, B] of forward.
 
@@ -320,8 +326,9 @@ def kept_backward_kernel(
         g = c * tl.load(ds_ptr + (j * B + b) * D + d, (b < B) & (d < D), 0)  # d(u_hat)
         p_W = W_ptr + (i * K * J + j) * D + d
         du = [du[k] + g * tl.load(p_W + k * J * D, d < D, 0).to(ACC) for k in KS]
+    p_du = du_ptr + tile.capsule(b, i, N, K, WINDOWS)
     for k in tl.static_range(K):
-        tl.store(du_ptr + (b * N + i) * K + k, tl.sum(du[k], 1, keep_dims=True), b < B)
+        tile.store_gradient(p_du + k, tl.sum(du[k], 1, keep_dims=True), b < B, WINDOWS)
 
 
 @triton.jit(do_not_specialize=["B", "N", "per_slice"])
@@ -343,6 +350,7 @@ def kept_backward_dots_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """du of a slice of the input capsules (8, 14), like `kept_backward_kernel`, on tensor cores.
 
@@ -360,5 +368,5 @@ def kept_backward_dots_kernel(
         c = tl.load(c_ptr + (i * J + j) * B + b, (b < B) & (j < J), 0)
         p_W = W_ptr + (i * K + w_k) * J * D + j * D + d
         du = dots.input_gradient(c * ds, p_W, m_W, WARPS, PRECISION, ACC)
-        p_du = du_ptr + (row * N + i) * K + k[None, :]
-        tl.store(p_du, du, (row < B) & (k[None, :] < K))
+        p_du = du_ptr + tile.capsule(row, i, N, K, WINDOWS) + k[None, :]
+        tile.store_gradient(p_du, du, (row < B) & (k[None, :] < K), WINDOWS)

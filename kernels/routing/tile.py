@@ -2,6 +2,12 @@
 
 A tile is [X, J, D] in the accumulation dtype, X being input capsules in the on-chip form and
 samples in the streamed form. SDA is the method: scaled-distance agreement, else by agreement.
+
+WINDOWS says where the input capsules of samples lie. None: one after the other, u [B, N, K]. Else
+samples are windows in a grid, counted from left to right, then down, then grid by grid, and WINDOWS
+is how many numbers a window's row has, and how many lie between it and the next; how many windows
+are below each other in a grid, and beside each other; and how many numbers it is from grid to grid,
+from a window to the one below, and to the one on the right.
 """
 
 import triton
@@ -16,6 +22,46 @@ def outputs(J: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl
     j = tl.arange(0, BLOCK_J)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
     return j, d, (j < J) & (d < D)
+
+
+@triton.jit
+def sample(b, stride, WINDOWS: tl.constexpr):
+    """Offset of sample b, of `stride` numbers if it is no window."""
+    if WINDOWS is None:
+        o = b * stride
+    else:
+        n = tl.cast(b, tl.uint32)
+        y = tl.cast(n // WINDOWS[3] % WINDOWS[2], tl.int64)
+        x = tl.cast(n % WINDOWS[3], tl.int64)
+        b = tl.cast(n // (WINDOWS[2] * WINDOWS[3]), tl.int64)
+        o = b * WINDOWS[4] + y * WINDOWS[5] + x * WINDOWS[6]
+    return o
+
+
+@triton.jit
+def within(n, WINDOWS: tl.constexpr):
+    """Offset of number n of [N, K] from the first of its sample."""
+    if WINDOWS is not None:
+        n += tl.cast(tl.cast(n, tl.uint32) // WINDOWS[0], tl.int64) * WINDOWS[1]
+    return n
+
+
+@triton.jit
+def capsule(b, i, N, K: tl.constexpr, WINDOWS: tl.constexpr):
+    """Offset of input capsule i of sample b."""
+    if WINDOWS is None:
+        o = (b * N + i) * K
+    else:
+        o = sample(b, N * K, WINDOWS) + within(i * K, WINDOWS)
+    return o
+
+
+@triton.jit
+def store_gradient(p_du, du, m_u, WINDOWS: tl.constexpr):
+    """Stores du, or adds it to what overlapping windows gave."""
+    if WINDOWS is not None:
+        du += tl.load(p_du, m_u, 0)
+    tl.store(p_du, du, m_u)
 
 
 @triton.jit
@@ -118,6 +164,7 @@ def input_gradient(
     D: tl.constexpr,
     SDA: tl.constexpr,
     ACC: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """Stores du_i = sum_j W_ij d(vote_ij) + radial_i u_i (13, 14), one component k at a time."""
     for k in tl.static_range(K):
@@ -126,4 +173,4 @@ def input_gradient(
         b_du = tl.sum(by_row, 1, keep_dims=True)
         if SDA:
             b_du += radial * tl.load(p_u + k, m_u, 0).to(ACC)
-        tl.store(p_du + k, b_du, m_u)
+        store_gradient(p_du + k, b_du, m_u, WINDOWS)

@@ -54,6 +54,10 @@ TERMS_BYTES = 64 << 20
 """Numbers a that streamed backward holds at a time."""
 
 
+Windows = tuple[int, ...] | None
+"""The option WINDOWS of kernels, see `tile.py`."""
+
+
 class Plan(NamedTuple):
     """How a problem is cut into programs; a pure function of its shapes and dtype."""
 
@@ -74,10 +78,15 @@ def plan(B: int, N: int, K: int, J: int, D: int, itemsize: int) -> Plan:
     to one warp if that can hold it, 4 KB: then it needs no shared memory and no barriers, and
     Triton lays its rows of D out so that loads are wide and sums short.
     """
-    columns = padded(J) * padded(D)
-    row = columns * itemsize
+    row = padded(J) * padded(D) * itemsize
     if padded(N) * row <= ON_CHIP_VOTES * itemsize:
         return Plan(True, 1, N, min(max(padded(N) * row // 2048, 1), 16), False)
+    return streamed_plan(B, N, K, J, D, itemsize)
+
+
+def streamed_plan(B: int, N: int, K: int, J: int, D: int, itemsize: int) -> Plan:
+    """The plan of the streamed form."""
+    columns = padded(J) * padded(D)
     if itemsize in DOT_SIZES and K in DOT_K and columns in DOT_COLUMNS:
         slices = max(1, min(N, DOT_PROGRAMS // triton.cdiv(max(B, 1), 16)))
         return Plan(False, 16, triton.cdiv(N, slices), min(max(columns // 64, 1), 8), True)
@@ -103,12 +112,13 @@ def registers(p: Plan, sda: bool, full: bool) -> dict[str, int]:
     return {"maxnreg": 255 if sda or full else 168}
 
 
-def vote_options(p: Plan, u: Tensor, W: Tensor) -> dict[str, Any]:
+def vote_options(p: Plan, u: Tensor, W: Tensor, windows: Windows) -> dict[str, Any]:
     """Launch options of the kernels that can make votes on tensor cores."""
     return dict(
         PRECISION=split_precision(u, W) if p.dots else None,
         BLOCK_B=p.block_b,
-        BLOCK_K=max(padded(u.shape[2]), 8),
+        BLOCK_K=max(padded(W.shape[1]), 8),
+        WINDOWS=windows,
         num_warps=p.num_warps,
         num_stages=1,
     )
@@ -168,28 +178,55 @@ def forward(
     kept = s.new_empty(kept_shape(u, W, keep, p))
     if B == 0:
         return v, s, kept
+    if not p.on_chip:
+        streamed_forward(u, W, bias, v, s, kept, method, p)
+        return v, s, kept
+    launch(
+        on_chip_forward_kernel,
+        (B,),
+        *(u, W, v if bias is None else bias.contiguous(), v, s, B, N),
+        K=K,
+        J=J,
+        D=D,
+        R=iterations,
+        SCALE=distance_scale(J),
+        SDA=method == "sda",
+        HAS_BIAS=bias is not None,
+        BLOCK_N=padded(N),
+        BLOCK_J=padded(J),
+        BLOCK_D=padded(D),
+        ACC=accumulation_type(u, W),
+        num_warps=p.num_warps,
+    )
+    return v, s, kept
+
+
+def streamed_forward(
+    u: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    s: Tensor,
+    kept: Tensor,
+    method: str,
+    p: Plan,
+    windows: Windows = None,
+) -> None:
+    """Fills v [B, J, D], s [R, B, J, D], and couplings [N, J, B] if `kept` is to have them.
+
+    The samples are u [B, N, K], or the `windows` of a grid; see `tile.py`.
+    """
+    R, B, J, D = s.shape
+    N, K = W.shape[:2]
     sda = method == "sda"
     sizes = dict(J=J, D=D, BLOCK_J=padded(J), BLOCK_D=padded(D), ACC=accumulation_type(u, W))
     routing = dict(K=K, SCALE=distance_scale(J), SDA=sda)
     has_bias = bias is not None
     bias = v if bias is None else bias.contiguous()
-    if p.on_chip:
-        launch(
-            on_chip_forward_kernel,
-            (B,),
-            *(u, W, bias, v, s, B, N),
-            R=iterations,
-            HAS_BIAS=has_bias,
-            BLOCK_N=padded(N),
-            num_warps=p.num_warps,
-            **routing,
-            **sizes,
-        )
-        return v, s, kept
     slices = triton.cdiv(N, p.per_slice)
     partial = s.new_empty(slices, B, J, D)
     V = torch.empty_like(s[0])
-    for r in range(iterations):
+    for r in range(R):
         if r == 0 and not sda and s.itemsize in DOT_SIZES:
             block_b, block_jd = 32, min(max(padded(J) * padded(D), 16), 128)
             launch(
@@ -204,6 +241,7 @@ def forward(
                 BLOCK_NK=16,
                 BLOCK_JD=block_jd,
                 ACC=sizes["ACC"],
+                WINDOWS=windows,
                 num_warps=4,
                 num_stages=1,
             )
@@ -214,8 +252,8 @@ def forward(
                 *(u, W, V, V, kept, partial, B, N, p.per_slice),
                 UNIFORM=r == 0,
                 GRADIENT=False,
-                KEEP=kept.dim() == 3 and r == iterations - 1,
-                **vote_options(p, u, W),
+                KEEP=kept.dim() == 3 and r == R - 1,
+                **vote_options(p, u, W, windows),
                 **routing,
                 **sizes,
                 **registers(p, sda, full=False),
@@ -230,7 +268,6 @@ def forward(
             num_warps=8,
             **sizes,
         )
-    return v, s, kept
 
 
 def backward(
@@ -253,66 +290,127 @@ def backward(
         return du, dW.zero_(), s.new_zeros(J, D) if with_bias else s.new_empty(0)
     p = p or chosen(u, W, "backward", R, method, routing_grad)
     sda, full = method == "sda", routing_grad == "full"
-    terms = 2 * R - 1 if full else 1
-    x = s.new_empty(max(terms, 2), B, J, D)  # ds of each iteration (or the last), then the states
-    sizes = dict(J=J, D=D, BLOCK_D=padded(D), ACC=accumulation_type(u, W))
-    routing = dict(K=K, R=R, TERMS=terms, SCALE=distance_scale(J), SDA=sda, FULL=full)
-    is_kept = kept.dim() == 3
-    if not p.on_chip:
-        output_gradients(dv, u, W, s, x, p, sda, full, is_kept)
-    if is_kept and p.dots:
-        kept_backward_dots(u, W, kept, x[0], du, dW, p)
-        return du, dW, x[0].sum(0) if with_bias else s.new_empty(0)
-    if owned(p, K, J, D):
-        owned_backward(u, W, x, du, dW, R, sda, full)
-        return du, dW, x[: R if full else 1].sum((0, 1)) if with_bias else s.new_empty(0)
-    if p.on_chip or is_kept:
-        step = N
+    if p.on_chip:
+        x = on_chip_backward(dv, u, W, s, du, dW, sda, full, p)
     else:
-        step = max(1, min(N, TERMS_BYTES // ((terms + sda) * B * J * s.itemsize)))
-    a = kept if is_kept else s.new_empty((terms + sda) * B * step * J)
+        x = output_gradients(dv, u, W, s, kept.dim() == 3, sda, full, p)
+        streamed_backward(u, W, x, kept, du, dW, R, sda, full, p)
+    return du, dW, bias_gradient(x, R, full) if with_bias else s.new_empty(0)
+
+
+def terms_of(R: int, full: bool) -> int:
+    """Of the sum that d(vote) is, equation 15, without that of the vote."""
+    return 2 * R - 1 if full else 1
+
+
+def bias_gradient(x: Tensor, R: int, full: bool) -> Tensor:
+    """dbias [J, D] from the ds of each iteration, or of the last."""
+    return x[: R if full else 1].sum((0, 1))
+
+
+def on_chip_backward(
+    dv: Tensor,
+    u: Tensor,
+    W: Tensor,
+    s: Tensor,
+    du: Tensor,
+    dW: Tensor,
+    sda: bool,
+    full: bool,
+    p: Plan,
+) -> Tensor:
+    """Fills du [B, N, K] and dW [N, K, J, D]; returns ds and states, as `output_gradients`."""
+    (B, N, K), (R, _, J, D) = u.shape, s.shape
+    terms = terms_of(R, full)
+    x = s.new_empty(max(terms, 2), B, J, D)
+    a = s.new_empty((terms + sda) * B * N * J)
+    launch(
+        on_chip_backward_kernel,
+        (B,),
+        *(u, W, s, dv, du, a, x, B, N),
+        K=K,
+        J=J,
+        D=D,
+        R=R,
+        TERMS=terms,
+        SCALE=distance_scale(J),
+        SDA=sda,
+        FULL=full,
+        BLOCK_N=padded(N),
+        BLOCK_J=padded(J),
+        BLOCK_D=padded(D),
+        ACC=accumulation_type(u, W),
+        num_warps=p.num_warps,
+    )
+    weight_gradient(u, W, a, x, dW, (0, N), terms, sda)
+    return x
+
+
+def streamed_backward(
+    u: Tensor,
+    W: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    du: Tensor,
+    dW: Tensor,
+    R: int,
+    sda: bool,
+    full: bool,
+    p: Plan,
+    windows: Windows = None,
+) -> None:
+    """Fills du [B, N, K] and dW [N, K, J, D], given what `output_gradients` made.
+
+    Of `windows` du is added to a grid: no two of them may have an input capsule in common.
+    """
+    B, (N, K, J, D) = x.shape[1], W.shape
+    is_kept = kept.dim() == 3
+    if is_kept and p.dots:
+        kept_backward_dots(u, W, kept, x[0], du, dW, p, windows)
+        return
+    if owned(p, K, J, D):
+        owned_backward(u, W, x, du, dW, R, sda, full, windows)
+        return
+    terms = terms_of(R, full)
+    sizes = dict(J=J, D=D, BLOCK_D=padded(D), ACC=accumulation_type(u, W), WINDOWS=windows)
+    if is_kept:
+        # a warp's sums for every k take 64 registers of each thread
+        block_b = max(1, min(8192 // (padded(K) * padded(D) * x.itemsize), padded(B)))
+        launch(
+            kept_backward_kernel,
+            (triton.cdiv(B, block_b) * N,),
+            *(W, kept, x[1], du, B, N),
+            KS=tuple(range(K)),
+            BLOCK_B=block_b,
+            num_warps=1,
+            **sizes,
+        )
+        weight_gradient(u, W, kept, x, dW, (0, N), terms, sda, True, windows=windows)
+        return
+    step = max(1, min(N, TERMS_BYTES // ((terms + sda) * B * J * x.itemsize)))
+    a = x.new_empty((terms + sda) * B * step * J)
+    p = vector_plan(B, N, J, D, x.itemsize) if p.dots else p
+    # all of sda's gradient at once needs more registers than a whole tile leaves
+    block_b = max(1, p.block_b // 2) if sda and full else p.block_b
     for begin in range(0, N, step):
         end = min(begin + step, N)
-        if p.on_chip:
-            launch(
-                on_chip_backward_kernel,
-                (B,),
-                *(u, W, s, dv, du, a, x, B, N),
-                BLOCK_N=padded(N),
-                BLOCK_J=padded(J),
-                num_warps=p.num_warps,
-                **routing,
-                **sizes,
-            )
-        elif is_kept:
-            # a warp's sums for every k take 64 registers of each thread
-            block_b = max(1, min(8192 // (padded(K) * padded(D) * s.itemsize), padded(B)))
-            launch(
-                kept_backward_kernel,
-                (triton.cdiv(B, block_b) * N,),
-                *(W, a, x[1], du, B, N),
-                KS=tuple(range(K)),
-                BLOCK_B=block_b,
-                num_warps=1,
-                **sizes,
-            )
-        else:
-            p = vector_plan(B, N, J, D, s.itemsize) if p.dots else p
-            # all of sda's gradient at once needs more registers than a whole tile leaves
-            block_b = max(1, p.block_b // 2) if sda and full else p.block_b
-            launch(
-                streamed_backward_kernel,
-                (triton.cdiv(B, block_b), triton.cdiv(end - begin, p.per_slice)),
-                *(u, W, x, du, a, B, N, begin, end, p.per_slice),
-                BLOCK_B=block_b,
-                BLOCK_J=padded(J),
-                num_warps=p.num_warps,
-                **routing,
-                **sizes,
-                **registers(p, sda, full),
-            )
-        weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, is_kept)
-    return du, dW, x[: R if full else 1].sum((0, 1)) if with_bias else s.new_empty(0)
+        launch(
+            streamed_backward_kernel,
+            (triton.cdiv(B, block_b), triton.cdiv(end - begin, p.per_slice)),
+            *(u, W, x, du, a, B, N, begin, end, p.per_slice),
+            K=K,
+            R=R,
+            TERMS=terms,
+            SCALE=distance_scale(J),
+            SDA=sda,
+            FULL=full,
+            BLOCK_B=block_b,
+            BLOCK_J=padded(J),
+            num_warps=p.num_warps,
+            **sizes,
+            **registers(p, sda, full),
+        )
+        weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, windows=windows)
 
 
 def owned(p: Plan, K: int, J: int, D: int) -> bool:
@@ -321,10 +419,18 @@ def owned(p: Plan, K: int, J: int, D: int) -> bool:
 
 
 def owned_backward(
-    u: Tensor, W: Tensor, x: Tensor, du: Tensor, dW: Tensor, R: int, sda: bool, full: bool
+    u: Tensor,
+    W: Tensor,
+    x: Tensor,
+    du: Tensor,
+    dW: Tensor,
+    R: int,
+    sda: bool,
+    full: bool,
+    windows: Windows,
 ) -> None:
     """Fills du [B, N, K] and dW [N, K, J, D] on tensor cores, couplings being made again."""
-    (B, N, K), (J, D) = u.shape, W.shape[2:]
+    B, (N, K, J, D) = x.shape[1], W.shape
     block_j, block_d = max(padded(J), 8), padded(D)
     warps = max(block_j * block_d // 64, 1)
     tiles = triton.cdiv(B, 16)
@@ -351,6 +457,7 @@ def owned_backward(
         BLOCK_J=block_j,
         BLOCK_D=block_d,
         ACC=accumulation_type(u, W),
+        WINDOWS=windows,
         num_warps=warps,
         num_stages=1,
     )
@@ -359,10 +466,17 @@ def owned_backward(
 
 
 def kept_backward_dots(
-    u: Tensor, W: Tensor, c: Tensor, ds: Tensor, du: Tensor, dW: Tensor, p: Plan
+    u: Tensor,
+    W: Tensor,
+    c: Tensor,
+    ds: Tensor,
+    du: Tensor,
+    dW: Tensor,
+    p: Plan,
+    windows: Windows,
 ) -> None:
     """Fills du [B, N, K] and dW [N, K, J, D] on tensor cores, from couplings c [N, J, B]."""
-    (B, N, K), (J, D) = u.shape, W.shape[2:]
+    B, (N, K, J, D) = len(ds), W.shape
     precision = split_precision(u, W)
     options: dict[str, Any] = dict(
         K=K,
@@ -374,6 +488,7 @@ def kept_backward_dots(
         BLOCK_J=padded(J),
         BLOCK_D=padded(D),
         ACC=accumulation_type(u, W),
+        WINDOWS=windows,
         # c ds is in float32 whatever u and W are
         PRECISION="rounded" if precision == "exact" else precision,
         num_warps=p.num_warps,
@@ -401,19 +516,20 @@ def output_gradients(
     u: Tensor,
     W: Tensor,
     s: Tensor,
-    x: Tensor,
-    p: Plan,
+    is_kept: bool,
     sda: bool,
     full: bool,
-    is_kept: bool,
-) -> None:
-    """Fills x of the streamed form: ds and states, of all iterations if `full`, else of the last.
+    p: Plan,
+    windows: Windows = None,
+) -> Tensor:
+    """ds and states x [.., B, J, D] of the streamed form: of all iterations if `full`, else of the
+    last; first every ds, then the states.
 
     If couplings are kept, it is the last ds as [B, J, D] and once more as [J, B, D].
     Iterations are walked backwards; each but the first needs a pass over the votes for d(state).
     """
-    B, N, K = u.shape
-    R, _, J, D = s.shape
+    (R, B, J, D), (N, K) = s.shape, W.shape[:2]
+    x = s.new_empty(max(terms_of(R, full), 2), B, J, D)
     sizes = dict(
         J=J, D=D, SDA=sda, BLOCK_J=padded(J), BLOCK_D=padded(D), ACC=accumulation_type(u, W)
     )
@@ -435,7 +551,7 @@ def output_gradients(
             **sizes,
         )
         if not full or r == 0:
-            return
+            break
         launch(
             streamed_sum_kernel,
             (triton.cdiv(B, p.block_b), slices),
@@ -445,7 +561,8 @@ def output_gradients(
             UNIFORM=False,
             GRADIENT=True,
             KEEP=False,
-            **vote_options(p, u, W),
+            **vote_options(p, u, W, windows),
             **sizes,
             **registers(p, sda, full),
         )
+    return x

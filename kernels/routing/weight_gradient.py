@@ -40,6 +40,7 @@ def weight_gradient_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """dW_i = sum_b u_i (x) d(vote_i) (equation 14) for one i and a tile of j.
 
@@ -72,10 +73,11 @@ def weight_gradient_kernel(
         for t in tl.static_range(1, TERMS):
             g += tl.load(p_a + t * stride_a, m_a, 0) * tl.load(p_x + t * stride_x, m_x, 0)
         if SDA:
-            p_u, p_W = u_ptr + (b * N + i) * K, W_ptr + i * K * J * D + j * D + d
+            p_u = u_ptr + tile.capsule(b, i, N, K, WINDOWS)
+            p_W = W_ptr + i * K * J * D + j * D + d
             vote = tile.votes(p_u, b < B, p_W, (j < J) & (d < D), K, J, D, ACC)
             g += tl.load(p_a + TERMS * stride_a, m_a, 0) * vote
-        p_u = u_ptr + (row[None, :] * N + i) * K + k
+        p_u = u_ptr + tile.capsule(row[None, :], i, N, K, WINDOWS) + k
         b_u = tl.load(p_u, (row[None, :] < B) & (k < K), 0).to(ACC)  # [K, B]
         g = tl.reshape(g, [BLOCK_B, BLOCK_J * BLOCK_D])
         dW = tl.dot(b_u, g, dW, input_precision=PRECISION, out_dtype=ACC)
@@ -102,11 +104,13 @@ def kept_part(
     WARPS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOWS: tl.constexpr,
 ):
     """dW of one input capsule, grown by what some samples give."""
     b, k = row[:, :, None], tl.arange(0, BLOCK_K)[None, :]
     c = tl.load(c_ptr + (i * J + j) * B + b, (b < B) & (j < J) & (i < N), 0)
-    b_u = tl.load(u_ptr + (row * N + i) * K + k, (row < B) & (k < K) & (i < N), 0).to(ACC)
+    p_u = u_ptr + tile.capsule(row, i, N, K, WINDOWS) + k
+    b_u = tl.load(p_u, (row < B) & (k < K) & (i < N), 0).to(ACC)
     return dots.add(dW, dots.weight_gradient(c * ds, b_u, WARPS, PRECISION))
 
 
@@ -129,6 +133,7 @@ def kept_weight_gradient_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOWS: tl.constexpr = None,
 ):
     """dW of a few input capsules, which share the loads of ds [B, J, D], on tensor cores (8, 14),
     from the couplings c [N, J, B] of forward. NS are the numbers from 0 to theirs.
@@ -158,6 +163,7 @@ def kept_weight_gradient_kernel(
                 WARPS,
                 ACC,
                 PRECISION,
+                WINDOWS,
             )
             for n in NS
         ]
@@ -190,14 +196,14 @@ def weight_gradient(
     table: Tensor | None = None,
     alignment: int = 16,
     layers: tuple[int, int] = (0, 1),
+    windows: tuple[int, ...] | None = None,
 ) -> None:
     """Fills dW [N, K, J, D] for the input capsules of a span, from the terms of d(vote).
 
     With a table of weights' addresses, multiples of `alignment`, for a run of layers: all but W
     then have layers at the front, and W tells the dtype.
     """
-    B, N, K = u.shape[-3:]
-    J, D = W.shape[2:]
+    B, (N, K, J, D) = x.shape[-3], W.shape
     begin, end = span
     block_j, block_b = weight_gradient_tile(B, end - begin, J, D)
     launch(
@@ -218,6 +224,7 @@ def weight_gradient(
         BLOCK_D=padded(D),
         ACC=accumulation_type(x),
         PRECISION=dot_precision(x),
+        WINDOWS=windows,
         num_warps=8 if sda else 4,
         num_stages=2 if terms == 1 else 1,  # else the prefetched terms exceed shared memory
     )

@@ -305,7 +305,6 @@ def test_the_chosen_implementation_never_calls_the_reference(monkeypatch):
         (dict(method="em"), "method must be one of 'rba', 'sda'; got 'em'"),
         (dict(routing_grad="none"), "routing_grad must be one of"),
         (dict(backend="cuda"), "backend must be one of"),
-        (dict(backend="triton"), 'conv_routing has no backend="triton" yet: use backend=None'),
     ],
 )
 def test_bad_arguments_are_named(change, message):

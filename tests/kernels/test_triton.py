@@ -36,32 +36,36 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["on chip", "streamed", "streamed in parts", "tensor cores"])
-def form(request, monkeypatch):
+def force(form, monkeypatch):
     """Forces one form of routing, and breaks the other's kernels so that they cannot run unseen.
 
     That with votes on tensor cores runs in float64 too, whose products the interpreter does.
     """
     broken = ["on_chip_forward_kernel", "on_chip_backward_kernel"]
-    dots = request.param == "tensor cores"
+    dots = form == "tensor cores"
     monkeypatch.setattr(routing_kernels, "DOT_SIZES", (4, 8) if dots else ())
     monkeypatch.setattr(routing_kernels, "DOT_K", range(1, 33))
     monkeypatch.setattr(routing_kernels, "DOT_COLUMNS", range(8, 513))
     monkeypatch.setattr(routing_kernels, "DOT_PROGRAMS", 3)
     monkeypatch.setattr(routing_kernels, "OWNED_PROGRAMS", 3)  # several tiles of samples each
-    if request.param == "on chip":
+    if form == "on chip":
         broken = ["streamed_sum_kernel", "streamed_backward_kernel", "kept_backward_kernel"]
         broken += ["kept_backward_dots_kernel", "owned_backward_kernel"]
     else:
         monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
         monkeypatch.setattr(routing_kernels, "STREAM_PROGRAMS", 3)  # several input capsules each
         broken.append("streamed_backward_kernel" if dots else "owned_backward_kernel")
-    if request.param == "streamed in parts":
+    if form == "streamed in parts":
         broken.append("kept_backward_kernel")
         monkeypatch.setattr(routing_kernels, "TERMS_BYTES", 300)
         monkeypatch.setattr(chunked, "KEPT_BYTES", 0)
     for name in broken:
         monkeypatch.setattr(routing_kernels, name, None)
+
+
+@pytest.fixture(params=["on chip", "streamed", "streamed in parts", "tensor cores"])
+def form(request, monkeypatch):
+    force(request.param, monkeypatch)
     return request.param
 
 

@@ -1,0 +1,124 @@
+"""Launches the Triton kernels of `routing` on windows, which they read from the grid itself.
+
+Every output position is a sample of the streamed form. Its input capsules lie in the grid, copied
+once with its padding; no window is copied. Backward goes place by place of a window: at one place
+no two windows have a capsule in common, so each launch adds to du, without atomic operations.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..launch import accumulation_dtype
+from ..routing import chunked
+from ..routing import triton as routing
+from .windows import Windows
+
+
+def kept_shape(u: Tensor, W: Tensor, steps: tuple[int, ...], keep: bool) -> tuple[int, ...]:
+    """Shape of the couplings [kh kw N, J, B, H', W'] that forward keeps; (0,) if it keeps none."""
+    shape = W.shape[:3].numel(), W.shape[4], len(u), *Windows.of(u, W, steps).output
+    size = math.prod(shape) * accumulation_dtype(u, W).itemsize
+    return shape if keep and size <= chunked.KEPT_BYTES else (0,)
+
+
+def planned(W: Tensor, s: Tensor) -> routing.Plan:
+    """The plan for weights W [N, K, J, D] of whole windows, or of a place, and their sums s."""
+    N, K, J, D = W.shape
+    return routing.streamed_plan(s[0].numel() // (J * D), N, K, J, D, s.itemsize)
+
+
+def with_padding(u: Tensor, windows: Windows) -> Tensor:
+    """The grid with its padding [B, H + 2 py, Wd + 2 px, N, K]; u itself if it has none."""
+    if windows.py == windows.px == 0:
+        return u.contiguous()
+    return pad(u, (0, 0, 0, 0, *[windows.px] * 2, *[windows.py] * 2)).contiguous()
+
+
+def forward(
+    u: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    steps: tuple[int, ...],
+    iterations: int,
+    method: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v [B, H', W', J, D], s of every iteration [R, B, H', W', J, D], and the kept couplings."""
+    windows = Windows.of(u, W, steps)
+    shape = len(u), *windows.output, *W.shape[4:]
+    v = u.new_empty(shape, dtype=torch.promote_types(u.dtype, W.dtype))
+    s = u.new_empty(iterations, *shape, dtype=accumulation_dtype(u, W))
+    kept = s.new_empty(kept_shape(u, W, steps, keep))
+    if len(u):
+        weights = W.contiguous().flatten(0, 2)
+        routing.streamed_forward(
+            with_padding(u, windows),
+            weights,
+            bias,
+            v.flatten(0, 2),
+            s.flatten(1, 3),
+            kept.flatten(2) if kept.dim() == 5 else kept,
+            method,
+            planned(weights, s),
+            windows.addresses(*u.shape[3:]),
+        )
+    return v, s, kept
+
+
+def backward(
+    dv: Tensor,
+    u: Tensor,
+    W: Tensor,
+    s: Tensor,
+    kept: Tensor,
+    steps: tuple[int, ...],
+    method: str,
+    routing_grad: str,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du [B, H, Wd, N, K], dW [kh, kw, N, K, J, D] and dbias [J, D] or [0].
+
+    du is summed in a grid with its padding, in the accumulation dtype.
+    """
+    W = W.contiguous()
+    dW = torch.empty_like(W)
+    if len(u) == 0:
+        return torch.empty_like(u), dW.zero_(), s.new_zeros(W.shape[4:] if with_bias else 0)
+    windows = Windows.of(u, W, steps)
+    addresses = windows.addresses(*u.shape[3:])
+    modes = method == "sda", routing_grad == "full"
+    grid, weights = with_padding(u, windows), W.flatten(0, 2)
+    du = torch.zeros_like(grid, dtype=s.dtype)
+    x = routing.output_gradients(
+        dv.contiguous().flatten(0, 2),
+        grid,
+        weights,
+        s.flatten(1, 3),
+        kept.dim() == 5,
+        *modes,
+        planned(weights, s),
+        addresses,
+    )
+    couplings = kept.flatten(2).unflatten(0, W.shape[:3]) if kept.dim() == 5 else None
+    for dy, dx in product(range(windows.kh), range(windows.kw)):
+        routing.streamed_backward(
+            grid[:, dy:, dx:],
+            W[dy, dx],
+            x,
+            kept if couplings is None else couplings[dy, dx],
+            du[:, dy:, dx:],
+            dW[dy, dx],
+            len(s),
+            *modes,
+            planned(W[dy, dx], s),
+            addresses,
+        )
+    inner = du[:, windows.py : windows.py + windows.H, windows.px : windows.px + windows.Wd]
+    dbias = routing.bias_gradient(x, len(s), modes[1]) if with_bias else s.new_empty(0)
+    return inner.to(u.dtype).contiguous(), dW, dbias
