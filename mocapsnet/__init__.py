@@ -1,6 +1,6 @@
 """Momentum capsule networks with fused routing."""
 
-from .cnn import CNN, CNNLoss
+from .cnn import CNN, CNNLoss, ResNet18, ResNetConfig
 from .conv_layers import ConvCapsuleLayer
 from .conv_model import ConvMoCapsNet, ConvMoCapsNetConfig
 from .inspection import LayerRecord, inspect_layers
@@ -45,6 +45,8 @@ __all__ = [
     "Preprocessing",
     "PrimaryCapsules",
     "ResCapsNet",
+    "ResNet18",
+    "ResNetConfig",
     "ResidualStack",
     "build_model",
     "inspect_layers",

@@ -1,8 +1,10 @@
-"""A plain convolutional network, to compare capsule networks with."""
+"""Networks without capsules, to compare capsule networks with."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,71 @@ class CNN(CapsNet):
             if labels is not None:
                 presence(labels, logits)
             return CapsNetOutput(logits.softmax(1), logits.unsqueeze(2), None)
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """What `ResNet18` is built from.
+
+    Args:
+        image_shape: channels, height and width of the images.
+        classes: number of classes.
+    Raises: ValueError if a number is below 1.
+    """
+
+    image_shape: tuple[int, int, int]
+    classes: int
+
+    def __post_init__(self) -> None:
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise ValueError(
+                f"image_shape must be (channels, height, width); got {self.image_shape}"
+            )
+        if self.classes < 1:
+            raise ValueError(f"classes must be at least 1; got {self.classes}")
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the network's parameters together; nothing is allocated for it."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in ResNet18(**vars(self)).parameters())
+
+    @property
+    def stem_numbers(self) -> int:
+        """Numbers that the convolutions make of an image and their backward pass needs, at least.
+
+        Those of the first, and of four in each of four stages.
+        """
+        _, height, width = self.image_shape
+        halved = [(-(-height // n), -(-width // n)) for n in (2, 4, 8, 16, 32)]
+        places = [h * w for h, w in halved]
+        return 64 * (places[0] + 4 * sum(n * 2**i for i, n in enumerate(places[1:])))
+
+
+class ResNet18(CNN):
+    """torchvision's ResNet-18 with its initial weights, batch normalisation included.
+
+    Built, trained, saved and read as `CNN`, but of these two sizes alone. With several processes or
+    micro-batches each normalises its own share of a batch.
+
+    Args:
+        image_shape: channels, height and width of the images.
+        classes: number of classes.
+    Shapes: as `CNN`.
+    Raises: ValueError as `ResNetConfig`; ImportError without torchvision.
+    Source: He et al. 2016, "Deep Residual Learning for Image Recognition".
+    """
+
+    Config: ClassVar[type] = ResNetConfig
+
+    def build(self) -> None:
+        from .stem import torchvision_network
+
+        c = self.config
+        network = torchvision_network("resnet18", c.image_shape[0])
+        self.convolutions = nn.Sequential(*list(network.children())[:-1])  # [B, 512, 1, 1]
+        self.dense = nn.Sequential(nn.Flatten(), nn.Linear(512, c.classes))
+        self.decoder = None  # type: ignore[assignment]
 
 
 class CrossEntropy(nn.Module):

@@ -19,6 +19,7 @@ from .published import TwiceSkippedStack
 from .reversible import MomentumStack, ResidualStack
 
 if TYPE_CHECKING:
+    from .cnn import ResNetConfig
     from .conv_model import ConvMoCapsNetConfig
 
 CLASS_SUM_LENGTH = 0.35
@@ -352,13 +353,13 @@ MODELS = {"capsnet": CapsNet, "rescapsnet": ResCapsNet, "mocapsnet": MoCapsNet}
 
 def networks() -> dict[str, type[CapsNet]]:
     """All networks by their names."""
-    from .cnn import CNN
+    from .cnn import CNN, ResNet18
     from .conv_model import ConvMoCapsNet
 
-    return MODELS | {"conv-mocapsnet": ConvMoCapsNet, "cnn": CNN}
+    return MODELS | {"conv-mocapsnet": ConvMoCapsNet, "cnn": CNN, "resnet18": ResNet18}
 
 
-def build_model(name: str, config: CapsNetConfig | ConvMoCapsNetConfig) -> CapsNet:
+def build_model(name: str, config: CapsNetConfig | ConvMoCapsNetConfig | ResNetConfig) -> CapsNet:
     """The network called `name`, a key of `networks()`, of a configuration of its class.
 
     Raises: ValueError if there is no such network, or the configuration is another network's.

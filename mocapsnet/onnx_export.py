@@ -96,11 +96,12 @@ class _Graph(nn.Module):
 def _plain(model: CapsNet) -> CapsNet:
     """The same network on the CPU, of operations that every program knows."""
     options = {"routing_backend": "reference", "memory": "stored"}
+    options = {k: v for k, v in options.items() if hasattr(model.config, k)}
     with torch.random.fork_rng(devices=[]):  # the weights it draws are replaced
         plain = type(model)(**vars(dataclasses.replace(model.config, **options)))  # type: ignore[arg-type]
     plain.load_state_dict(model.state_dict())
     plain.preprocessing = model.preprocessing
-    return plain.float().cpu()
+    return plain.eval().float().cpu()
 
 
 def _import(name: str) -> Any:

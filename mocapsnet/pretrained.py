@@ -150,13 +150,15 @@ def _config(model: Pretrained) -> dict[str, Any]:
     from .model import networks
 
     names = {network: name for name, network in networks().items()}
+    network = dataclasses.asdict(model.config)
+    if "routing_backend" in network:  # a matter of the machine
+        network["routing_backend"] = None
     return {
         "format": FORMAT,
         "library": f"mocapsnet {__version__}",
         # A class derived from one of ours is saved as that.
         "model": next(names[base] for base in type(model).__mro__ if base in names),
-        # Which backend is a matter of the machine.
-        "network": dataclasses.asdict(dataclasses.replace(model.config, routing_backend=None)),
+        "network": network,
         "class_names": list(model.class_names),
         "preprocessing": dataclasses.asdict(model.preprocessing),
     }

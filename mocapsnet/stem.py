@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -60,6 +61,24 @@ def residual_stem(colours: int, widths: tuple[int, ...], stride: int, blocks: in
     return nn.Sequential(*layers)
 
 
+def torchvision_network(name: str, colours: int, **options: Any) -> nn.Module:
+    """A residual network of torchvision with random weights, for images of so many channels.
+
+    Args:
+        options: of torchvision's function.
+    Raises: ImportError without torchvision.
+    """
+    try:
+        from torchvision.models import get_model
+    except ImportError as error:
+        raise ImportError(f'{name} needs torchvision: pip install "mocapsnet[train]"') from error
+    network = get_model(name, weights=None, **options)
+    if colours != 3:
+        network.conv1 = nn.Conv2d(colours, 64, 7, 2, 3, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
 def backbone_stem(name: str, stage: int, colours: int) -> nn.Sequential:
     """A network of torchvision up to the end of one of its four stages, weights drawn at random.
 
@@ -67,14 +86,5 @@ def backbone_stem(name: str, stage: int, colours: int) -> nn.Sequential:
 
     Raises: ImportError without torchvision.
     """
-    try:
-        from torchvision.models import get_model
-    except ImportError as error:
-        raise ImportError(
-            f'backbone={name!r} needs torchvision: pip install "mocapsnet[train]"'
-        ) from error
-    network = get_model(name, weights=None, norm_layer=norm)
-    if colours != 3:
-        network.conv1 = nn.Conv2d(colours, 64, 7, 2, 3, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network = torchvision_network(name, colours, norm_layer=norm)
     return nn.Sequential(*list(network.children())[: 4 + stage])

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mocapsnet import CapsNetConfig, ConvMoCapsNetConfig
+from mocapsnet import CapsNetConfig, ConvMoCapsNetConfig, ResNetConfig
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import OptimOptions
 
@@ -17,7 +17,7 @@ KEPT = {"adam": 2 + 2, "ranger21": 2 + 5}
 
 
 def check_fit(
-    config: CapsNetConfig | ConvMoCapsNetConfig,
+    config: CapsNetConfig | ConvMoCapsNetConfig | ResNetConfig,
     options: OptimOptions,
     images: int,
     device: torch.device,
@@ -46,9 +46,9 @@ def check_fit(
     )
 
 
-def feature_numbers(config: CapsNetConfig | ConvMoCapsNetConfig) -> int:
+def feature_numbers(config: CapsNetConfig | ConvMoCapsNetConfig | ResNetConfig) -> int:
     """What the convolutions make of an image at least, all of which the backward pass needs."""
-    if isinstance(config, ConvMoCapsNetConfig):
+    if not isinstance(config, CapsNetConfig):
         return config.stem_numbers
     height, width = (size - config.kernel_size + 1 for size in config.image_shape[1:])
     return config.channels * (height * width + math.prod(config.feature_size))

@@ -50,7 +50,7 @@ PUBLISHED_PIXELS = {"mnist": (0.1307, 0.3081)}
 # Options that a network without momentum has no use for.
 MOMENTUM = ["model.gamma", "model.velocity", "model.memory", "model.anchor_every"]
 
-CONV = "conv-mocapsnet"
+CONV, RESNET = "conv-mocapsnet", "resnet18"
 
 # Options of the dense networks that the convolutional one has not.
 DENSE = "channels kernel_size stride grouping sda_mean sda_scale bias init skip".split()
@@ -97,12 +97,12 @@ def resolve(options: TrainOptions) -> TrainOptions:
         mean, std = PUBLISHED_PIXELS.get(data.dataset, (0.5, 0.5))
         data = dataclasses.replace(data, pixel_mean=(mean,), pixel_std=(std,))
     model, optim = options.model, fill(options.optim)
-    if model.name != CONV:
+    if model.name not in (CONV, RESNET):
         model = fill(model)
         missing = {k: v for k, v in DENSE_SIZES.items() if getattr(model, k) is None}
         model = dataclasses.replace(model, **missing)
     if optim.schedule is None and optim.optimizer == "adam":
-        schedule = "cosine" if model.name == CONV else "exponential"
+        schedule = "cosine" if model.name in (CONV, RESNET) else "exponential"
         optim = dataclasses.replace(optim, schedule=schedule)
     options = dataclasses.replace(options, data=data, model=model, optim=optim)
     _check_ranges(options)
@@ -184,16 +184,15 @@ def _check_use(options: TrainOptions) -> None:
             MOMENTUM,
             f"is for --model mocapsnet; {name} has no momentum",
         )
-    if name == "cnn":
-        model = "grouping iterations method routing_grad sda_mean sda_scale bias init skip"
-        optim = "reconstruction_weight reconstruction_target decoder_mask"
+    if name in ("cnn", RESNET):
+        model = "grouping iterations method routing_grad sda_mean sda_scale bias init skip".split()
+        if name == RESNET:
+            model = [f.name for f in dataclasses.fields(ModelOptions) if f.name != "name"]
+        optim = "reconstruction_weight reconstruction_target decoder_mask".split()
         refuse(
-            [
-                *(f"model.{n}" for n in model.split()),
-                *(f"optim.{n}" for n in optim.split()),
-                "bundles",
-            ],
-            "is for networks of capsules; cnn has no routing and no decoder",
+            [*(f"model.{n}" for n in model), *(f"optim.{n}" for n in optim), "bundles"],
+            f"is for networks of capsules; {name} has no routing and no decoder"
+            + (", and its sizes are fixed" if name == RESNET else ""),
         )
     if name == CONV:
         refuse([f"model.{n}" for n in DENSE], f"is for the dense networks; {CONV} has it not")

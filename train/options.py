@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, Suppress, arg
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "folder"]
-ModelName = Literal["mocapsnet", "rescapsnet", "capsnet", "conv-mocapsnet", "cnn"]
+ModelName = Literal["mocapsnet", "rescapsnet", "capsnet", "conv-mocapsnet", "cnn", "resnet18"]
 RecipeName = Literal["published"]
 PresetName = Literal["8x8", "32x32", "64x64", "224x224"]
 
@@ -128,7 +128,8 @@ class ModelOptions:
     """Momentum blocks, residual blocks, or a plain stack of capsule layers; conv-mocapsnet has
     momentum blocks of convolutional capsule layers behind a residual stem, for natural images. Or,
     to compare with, cnn: the same convolutions and a dense layer, of as many parameters as
-    mocapsnet has with the same options, trained with cross-entropy."""
+    mocapsnet has with the same options, or resnet18, torchvision's; both trained with
+    cross-entropy."""
     blocks: int = 1
     """Blocks of two capsule layers each; in every stage of conv-mocapsnet."""
     capsules: Annotated[Size, sizes("Capsules per hidden layer, at every place of a grid.", 32)] = (
@@ -212,7 +213,8 @@ class OptimOptions:
     """adam, or ranger21 with its own warm-up and warm-down of the learning rate."""
     schedule: Literal["exponential", "cosine"] | None = None
     """adam's learning rate: x 0.96 after each epoch, or risen over the first 5 % of all steps and
-    then lowered to zero by half a cosine (None: cosine for conv-mocapsnet, else exponential)."""
+    then lowered to zero by half a cosine (None: cosine for conv-mocapsnet and resnet18, else
+    exponential)."""
     weight_decay: float = 0.0
     """Share of the weights, times the learning rate, that adam takes off in each step (AdamW)."""
     planned_steps: int | None = None

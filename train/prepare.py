@@ -16,12 +16,13 @@ from mocapsnet import (
     CapsuleLoss,
     CNNLoss,
     ConvMoCapsNetConfig,
+    ResNetConfig,
     build_model,
 )
 from mocapsnet.doctor import cpu_has_bfloat16
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
-from mocapsnet.train.option_values import CONV, DENSE, preprocessing
+from mocapsnet.train.option_values import CONV, DENSE, RESNET, preprocessing
 from mocapsnet.train.options import DataOptions, MachineOptions, TrainOptions
 
 
@@ -108,7 +109,7 @@ def settled(options: TrainOptions, images: data.ImageSet) -> TrainOptions:
 
 def network_config(
     options: TrainOptions, images: data.ImageSet
-) -> CapsNetConfig | ConvMoCapsNetConfig:
+) -> CapsNetConfig | ConvMoCapsNetConfig | ResNetConfig:
     """The network that resolved options describe, for such images.
 
     Raises: InputError if the sizes do not fit.
@@ -129,6 +130,8 @@ def network_config(
     del sizes["name"]
     shape, classes = images.image_shape, len(images.classes)
     try:
+        if options.model.name == RESNET:
+            return ResNetConfig(shape, classes)
         if options.model.name != CONV:
             return CapsNetConfig(shape, classes, **sizes)
         sizes = {k: v for k, v in sizes.items() if k not in DENSE} | dataclasses.asdict(
@@ -155,6 +158,6 @@ def build(options: TrainOptions, images: data.ImageSet) -> CapsNet:
 
 def make_criterion(options: TrainOptions) -> CapsuleLoss:
     """The loss that a network is trained and tested with."""
-    if options.model.name == "cnn":
+    if options.model.name in ("cnn", RESNET):
         return CNNLoss()
     return CapsuleLoss(options.optim.reconstruction_weight)

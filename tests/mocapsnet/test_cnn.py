@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from torch.nn import functional as F
 
 from mocapsnet import (
@@ -10,6 +11,7 @@ from mocapsnet import (
     CNNLoss,
     MoCapsNet,
     ResCapsNet,
+    ResNet18,
     build_model,
     load,
     onnx_export,
@@ -99,8 +101,33 @@ def test_saved_loaded_and_exported(tmp_path):
     torch.testing.assert_close(exported[0], found.lengths)
 
 
+def test_resnet18_is_torchvisions():
+    torch.manual_seed(0)
+    model = ResNet18((3, 40, 40), 7).eval()
+    theirs = torchvision.models.resnet18(num_classes=7).eval()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), model.state_dict().values(), strict=True)))
+    images = torch.randn(2, 3, 40, 40)
+    torch.testing.assert_close(model(images).capsules.squeeze(2), theirs(images))
+    assert model(images).lengths.sum(1).sub(1).abs().max() < 1e-6
+    assert ResNet18((1, 8, 8), 7)(torch.randn(2, 1, 8, 8)).lengths.shape == (2, 7)
+    with pytest.raises(ValueError, match=r"classes must be at least 1; got 0"):
+        ResNet18((3, 8, 8), 0)
+
+
+def test_resnet18_saved_loaded_and_exported(tmp_path):
+    model = ResNet18((3, 20, 20), 4).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    pixels = torch.rand(2, 3, 20, 20)
+    assert type(loaded) is ResNet18
+    found = loaded.predict(pixels)
+    assert torch.equal(found.lengths, model.predict(pixels).lengths)
+    exported = onnx_export._Graph(onnx_export._plain(model))(pixels)
+    torch.testing.assert_close(exported[0], found.lengths)
+
+
 def test_built_by_name():
     model = network()
     assert type(build_model("cnn", model.config)) is CNN
-    with pytest.raises(ValueError, match="one of .*, cnn; got .vgg."):
+    with pytest.raises(ValueError, match="one of .*, resnet18; got .vgg."):
         build_model("vgg", model.config)

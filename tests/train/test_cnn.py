@@ -1,4 +1,4 @@
-"""`--model cnn` through every command: what applies works, what does not is said in one line."""
+"""`--model cnn` and `resnet18` in every command: what applies works, what does not is said."""
 
 from __future__ import annotations
 
@@ -61,6 +61,25 @@ def test_a_run_without_capsules(train: Train, command: Command) -> None:
 def test_options_of_capsules_are_refused(option: str, command: Command) -> None:
     code, _, errors = command("train", "--model", "cnn", *option.removesuffix(" True").split())
     assert code == 2 and f"mocapsnet: {option} is for " in errors and errors.count("\n") == 1
+
+
+def test_a_resnet(command: Command, no_pictures: None) -> None:
+    words = "train --model resnet18 --limit 40 --batch-size 20 --epochs 1 --device cpu --out run"
+    code, _, errors = command(*words.split(), "--track")
+    assert code == 0, errors
+    assert (
+        json.loads(Path("run/config.json").read_text())["options"]["optim"]["schedule"] == "cosine"
+    )
+    (row,) = rows(Path("run"))
+    assert 0 < row["train_margin"] == row["train_loss"]
+    network = mocapsnet.load("run")
+    assert type(network) is mocapsnet.ResNet18 and not network.training
+    means = [v for k, v in network.state_dict().items() if k.endswith("running_mean")]
+    assert len(means) == 20 and all(mean.abs().max() > 0 for mean in means)
+    code, output, _ = command("evaluate", "run", "--device", "cpu")
+    assert code == 0 and f"test accuracy {row['test_accuracy']:.2%}" in output
+    code, _, errors = command("train", "--model", "resnet18", "--channels", "8")
+    assert code == 2 and "--channels 8 is for networks of capsules; resnet18 " in errors
 
 
 def test_the_published_recipe_without_capsules() -> None:

@@ -42,6 +42,7 @@ NAMES = {
     "ranger21": "Ranger21",
     "rba": "RBA",
     "rescapsnet": "ResCapsNet",
+    "resnet18": "ResNet-18",
     "sda": "SDA",
     "svhn": "SVHN",
 }
