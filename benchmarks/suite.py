@@ -15,7 +15,17 @@ from .cli import QUESTIONS
 from .shared import report
 from .shared.parts import benchmark, run_all
 
-NAMES = ("machine", "routing", "step", "depth", "memory", "reversal", "overhead", "static")
+NAMES = (
+    "machine",
+    "routing",
+    "step",
+    "depth",
+    "memory",
+    "convolution",
+    "reversal",
+    "overhead",
+    "static",
+)
 LIMIT = 3600.0
 ON_CPU = ("overhead", "static")
 """These have no --device."""
