@@ -148,10 +148,29 @@ def memory() -> Drawing:
         ("einsum, compiled", "einsum, compiled", "two"),
         ("chunked", "this library", "one"),
     ]
+    return areas([(rows[name], label, kind) for name, label, kind in shown])
+
+
+def convolution() -> Drawing:
+    """Measured memory and time of a convolutional capsule layer; areas are to one scale."""
+    rows = {
+        row["candidate"]: row
+        for row in reversed(results("convolution"))  # the first of a candidate has the same batch
+        if row["part"] == "layer" and (row["side"], row["capsules"]) == (64, 16)
+    }
+    shown = [
+        ("einsum", "unfold, einsum", "two"),
+        ("checkpoint", "the same, checkpointed", "two"),
+        ("fused", "this library", "one"),
+    ]
+    return areas([(rows[name], label, kind) for name, label, kind in shown])
+
+
+def areas(shown: list[tuple[dict[str, Any], str, str]]) -> Drawing:
+    """A square for each row's peak, with its label and time; the largest is 240 wide."""
     d = Drawing(760, 330)
-    x, scale = 20.0, 240 / math.sqrt(rows["published"]["peak_bytes"])
-    for name, label, kind in shown:
-        row = rows[name]
+    x, scale = 20.0, 240 / math.sqrt(max(row["peak_bytes"] for row, _, _ in shown))
+    for row, label, kind in shown:
         side = scale * math.sqrt(row["peak_bytes"])
         d.box(x, 250 - side, side, side, kind, wash=True, radius=1)
         d.text(x, 278, label, anchor="start", bold=True)
@@ -293,7 +312,7 @@ def errors() -> Drawing:
 
 POWERS = {-8: "⁻⁸", -6: "⁻⁶", -4: "⁻⁴", -2: "⁻²"}
 
-FIGURES = [capsule, agreement, network, memory, chunks, states, errors]
+FIGURES = [capsule, agreement, network, memory, convolution, chunks, states, errors]
 
 if __name__ == "__main__":
     for figure in FIGURES:
