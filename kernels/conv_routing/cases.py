@@ -13,7 +13,7 @@ from torch import Tensor
 from ..cases import Case
 from . import reference
 
-STEPS = 1, 2, 1, 0
+STEPS = 1, 2, 0, 1
 """Stride and padding in y and x."""
 
 
@@ -32,7 +32,7 @@ def case(
     dtype: torch.dtype = torch.float32,
     keep: bool = False,
 ) -> Case:
-    """Windows of 3x2 on grids of 4x7 with two capsules of K: 32 columns [J, D], 24 windows."""
+    """Windows of 2x1 on grids of 4x3 with two capsules of K: 32 columns [J, D], 18 windows."""
 
     def specification(u: Tensor, W: Tensor, bias: Tensor) -> Tensor:
         return reference.conv_routing(
@@ -45,7 +45,7 @@ def case(
             routing_grad=mode[1],
         )
 
-    shapes = {"u": (2, 4, 7, 2, K), "W": (3, 2, 2, K, 5, 3)}
+    shapes = {"u": (2, 4, 3, 2, K), "W": (2, 1, 2, K, 5, 3)}
     inputs = {name: (shape, dtype) for name, shape in shapes.items()}
     inputs["bias"] = (5, 3), torch.float32
     name = f"{form}, {' '.join(mode)}"

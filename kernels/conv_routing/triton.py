@@ -86,7 +86,7 @@ def backward(
 
     du is summed in a grid with its padding, in the accumulation dtype.
     """
-    W = W.contiguous()
+    W, s, kept = W.contiguous(), s.contiguous(), kept.contiguous()  # parts under vmap
     dW = torch.empty_like(W)
     if len(u) == 0:
         return torch.empty_like(u), dW.zero_(), s.new_zeros(W.shape[4:] if with_bias else 0)

@@ -283,6 +283,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du [B, N, K], dW [N, K, J, D] and dbias [J, D] or [0]."""
     u, W, dv = u.contiguous(), W.contiguous(), dv.contiguous()
+    s, kept = s.contiguous(), kept.contiguous()  # under vmap they are parts of larger ones
     B, N, K = u.shape
     R, _, J, D = s.shape
     du, dW = torch.empty_like(u), torch.empty_like(W)

@@ -333,6 +333,19 @@ def test_compiles_and_exports(form, device):
     assert torch.equal(exported.module()(u, W), eager[0])
 
 
+def test_gradients_of_each_sample(device):
+    """Backward is given parts of what forward kept of all samples, which lie apart."""
+    u, W = tensors(device, torch.float64, (2, 3, 2), (3, 2, 3, 2))
+
+    def length(u, W, backend="triton"):
+        return routing(u.unsqueeze(0), W, backend=backend).square().sum()
+
+    each = torch.vmap(torch.func.grad(length, 1), (0, None))(u, W)
+    for dW, u_b in zip(each, u, strict=True):
+        want = torch.func.grad(length, 1)(u_b, W, "reference")
+        torch.testing.assert_close(dW, want, rtol=1e-10, atol=1e-13)
+
+
 def test_opcheck(device):
     s, features, u, W = (
         x.requires_grad_()
