@@ -6,7 +6,7 @@ matrices, `v` [B, J, D] output capsules. On a grid these have two dimensions mor
 width Wd of u, kh and kw of W.
 """
 
-from .conv_routing.op import conv_routing
+from .conv_routing.op import conv_routing, explain_conv
 from .momentum.op import momentum_routing
 from .primary.op import primary_capsules
 from .routing.op import explain, routing
@@ -17,6 +17,7 @@ from .votes.op import votes
 __all__ = [
     "conv_routing",
     "explain",
+    "explain_conv",
     "momentum_routing",
     "primary_capsules",
     "routing",

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import accumulation_dtype, device_of, full_precision, implementation
+from ..launch import (
+    accumulation_dtype,
+    device_of,
+    full_precision,
+    implementation,
+    recording,
+    triton_installed,
+)
 from ..library import Operation
-from ..routing.op import backward_flops, forward_flops
+from ..routing.op import Explanation, backward_flops, explanation, forward_flops
 from . import chunked, reference
 from .windows import Windows
 
@@ -78,6 +85,52 @@ def conv_routing(
     keep = needs_grad and iterations > 1 and (method, routing_grad) == ("rba", "final")
     options = *stride, *padding, iterations, method, routing_grad, keep, chosen
     return conv_routing_forward(u, W, bias, *options)[0]
+
+
+def explain_conv(
+    u: Tensor,
+    W: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    iterations: int = 3,
+    method: str = "rba",
+    routing_grad: str = "final",
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    """Which implementation, kernels and configurations `conv_routing` uses for these arguments.
+
+    Nothing is computed, and tensors on the meta device do. `backend="triton"` tells what a GPU
+    would run also where there is none.
+
+    Args, raises: as for `conv_routing`.
+    """
+    pairs = _check(u, W, stride, padding, iterations, method, routing_grad, bias)
+    steps = pairs[0] + pairs[1]
+    if backend != "triton":
+        backend = implementation(u, backend, eager="chunked", family="conv_routing")
+    elif not triton_installed():
+        raise ValueError('backend="triton" needs the package triton: pip install triton')
+    if backend == "reference":
+        return Explanation(backend, "eager PyTorch with all windows and votes in memory", (), ())
+    if backend == "chunked":
+        (J, D), itemsize = W.shape[4:], accumulation_dtype(u, W).itemsize
+        count = sum(1 for _ in chunked.blocks(Windows.of(u, W, steps), len(u), J, D, itemsize))
+        most = chunked.block_positions(J, D, itemsize)
+        step = f"{count} blocks of at most {most} output positions"
+        form = "PyTorch, windows and votes of a block in memory at a time"
+        return Explanation(backend, form, (step,), (step,))
+    from . import triton
+
+    u, W = u.to("meta"), W.to("meta")
+    bias = None if bias is None else bias.to("meta")
+    keep = (method, routing_grad) == ("rba", "final") and iterations > 1
+    with recording() as forward:
+        v, sums, kept = triton.forward(u, W, bias, steps, iterations, method, keep)
+    with recording() as backward:
+        triton.backward(v, u, W, sums, kept, steps, method, routing_grad, bias is not None)
+    return explanation(forward, backward, "static")
 
 
 def _check(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks, tuning
 from ..launch import (
+    Launch,
     accumulation_dtype,
     device_of,
     full_precision,
@@ -112,7 +113,7 @@ def _implementation(
 
 
 class Explanation(NamedTuple):
-    """What runs a call of `routing`; `str` writes it in lines.
+    """What runs a call of `routing` or `conv_routing`; `str` writes it in lines.
 
     `forward` and `backward` name kernels with their grids and compile-time parameters, in the
     order of their launches, or the size of the chunks; nothing for the reference.
@@ -184,6 +185,13 @@ def explain(
         v, sums, kept = triton.forward(u, W, bias, iterations, method, keep, p)
     with recording() as backward:
         triton.backward(v, u, W, sums, kept, method, routing_grad, bias is not None, q)
+    return explanation(forward, backward, plans)
+
+
+def explanation(forward: list[Launch], backward: list[Launch], plans: str) -> Explanation:
+    """Of the launches of Triton kernels."""
+    from . import triton
+
     on_chip = any(launch.kernel is triton.on_chip_forward_kernel for launch in forward)
     form = "on chip, a sample per program" if on_chip else "streamed over the input capsules"
     if any(
@@ -194,7 +202,7 @@ def explain(
         form += ", votes and gradients on" if in_dots else ", gradients on vector units, votes on"
         form += " tensor cores"
     launches = [tuple(map(str, part)) for part in (forward, backward)]
-    return Explanation(backend, form, launches[0], launches[1], plans)
+    return Explanation("triton", form, launches[0], launches[1], plans)
 
 
 def _reference(

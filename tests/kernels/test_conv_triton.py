@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mocapsnet.kernels import cases, conv_routing, launch
+from mocapsnet.kernels import cases, conv_routing, explain_conv, launch
 from mocapsnet.kernels.conv_routing import cases as conv_cases
-from mocapsnet.kernels.conv_routing import triton
+from mocapsnet.kernels.conv_routing import chunked, triton
 from mocapsnet.kernels.conv_routing.op import conv_routing_backward, conv_routing_forward
 
 from .test_conv_routing import problem, run
@@ -40,6 +40,10 @@ def test_equals_the_reference_in_float64(form, method, grad, device, monkeypatch
     with launch.recording() as launches:
         conv_routing(u.requires_grad_(), W, backend="triton", method=method, routing_grad=grad)
     assert launches[-2].options["KEEP"] == (form == "streamed")
+    explained = explain_conv(u, W, backend="triton", method=method, routing_grad=grad)
+    assert explained.forward == tuple(map(str, launches))
+    assert explained.form.startswith("streamed")
+    assert explained.form.endswith("tensor cores") == (form == "tensor cores")
     assert_equals_reference((u, W, bias), method=method, routing_grad=grad, **STEPS)
 
 
@@ -93,13 +97,14 @@ def test_gradcheck_of_the_full_gradient(few_programs, device):
         options = dict(padding=(0, 1), method="sda", routing_grad="full", iterations=2)
         return conv_routing(u, W, bias=bias, **options, backend="triton")
 
-    assert torch.autograd.gradcheck(full, [x.requires_grad_() for x in (u, W, bias)])
+    leaves = [x.requires_grad_() for x in (u, W, bias)]
+    assert torch.autograd.gradcheck(full, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("method, grad", MODES)
 @pytest.mark.parametrize("K", [16, 4])  # tensor cores, vector units
 def test_no_window_and_no_vote_is_stored(K, method, grad):
-    """Of 32768 windows of 144 capsules; sums of three iterations and a slice are the largest."""
+    """Of 32768 windows of 144 capsules; the ds and states of all iterations are the largest."""
     u, W = (
         torch.empty(shape, device="meta") for shape in ((32, 32, 32, 16, K), (3, 3, 16, K, 16, 16))
     )
@@ -128,19 +133,19 @@ def test_couplings_are_kept_within_the_budget_of_routing():
 
 
 def test_compilers_and_transforms_see_one_operation(few_programs, device):
-    u, W, bias = (x.to(device) for x in problem((2, 2, 3), (2, 2), (1, 2, 3, 2)))
+    u, W, bias = (x.to(device) for x in problem((2, 1, 2), (2, 1), (1, 1, 3, 2)))
     leaves = [x.requires_grad_() for x in (u, W, bias)]
     options = 1, 1, 1, 0, 2, "rba", "final", True, "triton"
     torch.library.opcheck(conv_routing_forward.registered, (*leaves, *options))
     v, sums, kept = conv_routing_forward(*leaves, *options)
-    assert kept.shape == (4, 3, 2, 3, 2)
+    assert kept.shape == (2, 3, 2, 2, 2)
     tensors = [x.detach() for x in (v, u, W, sums, kept)]
     torch.library.opcheck(
         conv_routing_backward.registered, (*tensors, *options[:4], "rba", "final", True, "triton")
     )
 
     def length(u, W):
-        return conv_routing(u.unsqueeze(0), W, backend="triton").square().sum()
+        return conv_routing(u.unsqueeze(0), W, padding=1, backend="triton").square().sum()
 
     compiled = torch.compile(length, fullgraph=True, backend="aot_eager")
     (once,) = torch.autograd.grad(length(u[0], W), W)
@@ -160,3 +165,14 @@ def test_GPUs_take_the_kernels_once_they_are_verified(monkeypatch, device):
             conv_routing(u, W)
         assert bool(launches) == taken
     assert asked == ["conv_routing"] * 2
+
+
+def test_explain_tells_of_other_implementations(monkeypatch):
+    u, W, _ = problem(*SMALL)
+    monkeypatch.setattr(chunked, "block_positions", lambda *_: 3)
+    explained = explain_conv(u, W, padding=1)
+    assert explained.backend == "chunked"  # 32 positions, samples first
+    assert explained.forward == explained.backward == ("16 blocks of at most 3 output positions",)
+    assert explain_conv(u, W, backend="reference").forward == ()
+    with pytest.raises(ValueError, match="stride must be"):
+        explain_conv(u, W, stride=0, backend="triton")
