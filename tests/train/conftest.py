@@ -55,6 +55,11 @@ def train(command: Callable[..., tuple[int, str, str]]) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs end without their pictures, which take most of a tiny run's time."""
-    monkeypatch.setattr("mocapsnet.train.loop.write_pictures", lambda *_: [])
+def pictures() -> None:
+    """Runs draw their pictures at the end. Others do not: it takes most of a tiny run's time."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("mocapsnet.train.loop.write_pictures", lambda *_: [])

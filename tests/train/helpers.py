@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,51 @@ def run_process(*arguments: str, processes: int = 1) -> subprocess.CompletedProc
         timeout=240,
         env=environment,
     )
+
+
+# One of two processes, as `torchrun` would start it.
+ONE_OF_TWO = """
+import os, sys, torch
+os.environ.clear()
+os.environ.update(environment)
+for descriptor, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(f"{name}-{environment['RANK']}", os.O_CREAT | os.O_WRONLY), descriptor)
+torch.set_num_threads(1)
+from mocapsnet.cli import main
+sys.exit(main(arguments))
+"""
+
+
+def run_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `mocapsnet ARGUMENTS` in two processes that train together, without a terminal.
+
+    They are forked from one that has imported what they need, once for all tests: `torchrun`, which
+    `run_process` takes, imports it three times for every call.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mocapsnet.train.loop", "torch.utils.tensorboard"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    both = []
+    for rank in ("0", "1"):
+        given = {"environment": shared | {"RANK": rank, "LOCAL_RANK": rank}, "arguments": arguments}
+        both.append(context.Process(target=exec, args=(ONE_OF_TWO, given)))
+        both[-1].start()
+    deadline = time.monotonic() + 240
+    for one in both:
+        one.join(max(0, deadline - time.monotonic()))
+        one.kill()
+        one.join()
+    code = max(abs(one.exitcode or 0) for one in both)
+    texts = [
+        "".join(Path(f"{name}-{rank}").read_text() for rank in (0, 1))
+        for name in ("stdout", "stderr")
+    ]
+    for name in Path().glob("std???-[01]"):
+        name.unlink()
+    return subprocess.CompletedProcess(arguments, code, *texts)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mocapsnet import CapsNet, ConvMoCapsNet
-from mocapsnet.train import bundles, loop, run_folder
+from mocapsnet.train import bundles, run_folder
 from mocapsnet.train.bundles import Bundles
 from mocapsnet.train.data import ImageSet
 from mocapsnet.train.options import OptimOptions
@@ -27,12 +27,6 @@ Train = Callable[..., Path]
 
 
 OPTIM = OptimOptions(lr=0.001, batch_size=32)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those at the end of a training take longer than it."""
-    monkeypatch.setattr(loop, "write_pictures", lambda *_: [])
 
 
 def test_outputs_are_the_same_if_no_weight_could_tell() -> None:

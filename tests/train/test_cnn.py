@@ -21,6 +21,7 @@ Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_without_capsules(train: Train, command: Command) -> None:
     run = train("run", "--model", "cnn", "--epochs", "3")
     first, *_, last = rows(run)
@@ -63,7 +64,7 @@ def test_options_of_capsules_are_refused(option: str, command: Command) -> None:
     assert code == 2 and f"mocapsnet: {option} is for " in errors and errors.count("\n") == 1
 
 
-def test_a_resnet(command: Command, no_pictures: None) -> None:
+def test_a_resnet(command: Command) -> None:
     words = "train --model resnet18 --limit 40 --batch-size 20 --epochs 1 --device cpu --out run"
     code, _, errors = command(*words.split(), "--track")
     assert code == 0, errors

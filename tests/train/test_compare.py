@@ -31,7 +31,6 @@ def tables(output: str) -> dict[str, list[list[str]]]:
     }
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_tables(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "STEPS", (2, 5))
     a = train("a", "--epochs", "1", "--init", "paper", "--decoder", "8", "4")

@@ -38,6 +38,7 @@ def saved_options(run: Path) -> dict[str, dict[str, object]]:
     return json.loads((run / "config.json").read_text())["options"]  # type: ignore[no-any-return]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_and_what_is_done_with_it(
     fit: Callable[..., Path], command: Command, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_run_and_what_is_done_with_it(
     assert code == 0 and Image.open("seen/some.png").width > 0
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_stopped_run_goes_on_bit_for_bit(
     fit: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ SHORT = ("--limit", "40", "--epochs", "2", "--track")
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> list[CUDAGraph]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CUDAGraph]:
     return fake_graph.install(monkeypatch)
 
 
@@ -288,7 +288,7 @@ def test_what_is_said_of_it(
 
 
 def test_a_run_goes_on_with_the_other_adam(
-    train: Train, command: Command, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As from the CPU to a GPU and back."""
     run = train("run", *SHORT, "--epochs", "1")

@@ -28,6 +28,7 @@ def accuracy(run: Path) -> float:
     return float((found.labels == test_set.labels).double().mean())
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_finished_run_is_a_model(train: Train, command: Command) -> None:
     run = train("run", "--epochs", "2", "--blocks", "2")
     model = mocapsnet.load(run)

@@ -109,7 +109,6 @@ def test_an_option_beside_the_recipe_wins() -> None:
     assert found["optim.planned_steps"] == 7
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_recipe_survives_json_and_a_resume(train: Train, command: Command) -> None:
     options = "--recipe published --method sda --init length".split()
     whole = train("whole", "--epochs", "2", *options)
@@ -162,7 +161,6 @@ def first_losses(
     return margin.sum().item() / len(labels), error.sum().item() / len(labels)
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(("mask", "target"), [("prediction", "pixels"), ("label", "normalised")])
 def test_losses_of_the_first_step(mask: str, target: str, train: Train) -> None:
     arguments = f"--decoder-mask {mask} --reconstruction-target {target} --pad 0 --epochs 1"
@@ -231,7 +229,6 @@ def test_what_does_not_go_together(arguments: str, expected: str, command: Comma
     assert "Traceback" not in errors and not Path("run").exists()
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_run_from_before_these_options_goes_on(train: Train, command: Command) -> None:
     run = train("run", "--epochs", "1")
     path = run / "config.json"

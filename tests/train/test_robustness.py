@@ -141,8 +141,7 @@ def test_both_classes_must_be_right() -> None:
     assert both_right(lengths, labels).tolist() == [True, True, False, True, False]
 
 
-def test_a_table_of_runs(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mocapsnet.train.loop.write_pictures", lambda *_: [])  # they take long
+def test_a_table_of_runs(train: Train, command: Command) -> None:
     capsules = train("capsules", "--epochs", "1")
     plain = train("plain", "--model", "cnn", "--epochs", "1")
     asked = "--shift 1 --rotate 20 --scale 0.8 1.2 --overlap --device cpu"

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from mocapsnet.train import checkpoints, loop, run_folder
 
-from .helpers import TINY, assert_same_run, checkpoint, rows, run_process
+from .helpers import TINY, assert_same_run, checkpoint, rows, run_two
 
 Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
@@ -56,6 +56,9 @@ def test_one_training_at_a_time(holder: subprocess.Popen[str], command: Command)
     assert f"in use by process {holder.pid} on {socket.gethostname()}" in errors
     assert contents(Path("run")) == before
     assert command("evaluate", "run", "--device", "cpu")[0] == 0  # reading needs no lock
+    done = run_two("train", "--resume", "run", "--epochs", "2")
+    assert done.returncode != 0
+    assert done.stderr.count(f"run is in use by process {holder.pid}") == 1
     # What a process leaves that had no time to clean up.
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -63,12 +66,6 @@ def test_one_training_at_a_time(holder: subprocess.Popen[str], command: Command)
     code, _, errors = command("train", "--resume", "run", "--epochs", "2")
     assert code == 0, errors
     assert not Path("run/.lock-holder.json").exists()
-
-
-def test_several_processes_are_refused_together(holder: subprocess.Popen[str]) -> None:
-    done = run_process("train", "--resume", "run", "--epochs", "2", processes=2)
-    assert done.returncode != 0
-    assert done.stderr.count(f"run is in use by process {holder.pid}") == 1
 
 
 def test_two_trainings_that_start_in_one_folder(train: Train, command: Command) -> None:
@@ -91,6 +88,7 @@ def test_finished_and_gone_beyond(train: Train, command: Command) -> None:
     assert contents(run) == before
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_killed_while_it_ended_ends_when_continued(
     train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +214,7 @@ def test_config_json_says_what_the_images_are(folder_of_a_run: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes are POSIX's")
+@pytest.mark.usefixtures("pictures")
 def test_all_files_have_the_mode_that_the_umask_gives(command: Command) -> None:
     before = os.umask(0o027)
     try:

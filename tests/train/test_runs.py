@@ -24,6 +24,7 @@ from .helpers import (
     process,
     rows,
     run_process,
+    run_two,
     weights,
 )
 
@@ -120,6 +121,7 @@ def test_interrupted_in_an_epoch_and_resumed(
     )
 
 
+@pytest.mark.usefixtures("pictures")
 def test_interrupted_before_the_first_epoch_is_done(
     train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +226,7 @@ def test_accuracy_by_class() -> None:
     assert list(tested.by_class().items()) == [(2, 0.0), (0, 0.75)]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_visualize_draws_the_pictures_again_and_more(train: Train, command: Command) -> None:
     run = train("run", "--epochs", "1")
     drawn = {name: (run / name).read_bytes() for name in PICTURES}
@@ -276,7 +279,7 @@ def test_gradient_accumulation_changes_nothing(parts: int, train: Train) -> None
 
 
 def test_two_processes_give_the_result_of_one(train: Train, command: Command) -> None:
-    """Two processes with two micro-batches each, over gloo; then one process goes on."""
+    """By torchrun, over gloo, with two micro-batches each; then one process goes on."""
     alone = train("alone", *SPLIT)
     done = run_process(
         "train", *TINY, *SPLIT, "--gradient-accumulation", "2", "--out", "both", processes=2
@@ -291,7 +294,6 @@ def test_two_processes_give_the_result_of_one(train: Train, command: Command) ->
     assert code == 0, errors
 
 
-@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit() -> None:
     shared = [*TINY, "--limit", "33", "--gradient-accumulation", "2"]
     for arguments in (
@@ -299,7 +301,7 @@ def test_two_processes_resume_bit_for_bit() -> None:
         [*shared, "--out", "parts", "--epochs", "1"],
         ["--resume", "parts", "--epochs", "2"],
     ):
-        done = run_process("train", *arguments, processes=2)
+        done = run_two("train", *arguments)
         assert done.returncode == 0, done.stderr
     assert_same_run(Path("whole"), Path("parts"))
 

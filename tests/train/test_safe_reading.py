@@ -34,7 +34,12 @@ def test_the_planted_program_would_run() -> None:
     assert Path("it-ran").exists()
 
 
-def test_a_planted_program_does_not_run(train: Train, command: Command) -> None:
+def test_a_planted_program_does_not_run(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `visualize` has read all there is before it draws, which takes long
+    monkeypatch.setattr("mocapsnet.train.plots.write_pictures", lambda *_: [])
+    monkeypatch.setattr("mocapsnet.train.pictures.inside.write", lambda *_: iter(()))
     whole = train("whole", "--epochs", "1")
     written = [path.relative_to(whole) for path in checkpoint(whole).iterdir()]
     assert len(written) == 3

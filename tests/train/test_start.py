@@ -22,7 +22,6 @@ Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_layers_before_the_first_step(train: Train) -> None:
     """A batch of 16 in five parts, which are not alike."""
     arguments = "--epochs 1 --blocks 2 --skip twice --velocity block --gradient-accumulation 5"
@@ -69,7 +68,6 @@ def test_layers_before_the_first_step(train: Train) -> None:
     assert {name for name, row in layers.items() if "in_length" in row} == records.keys()
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_losses_of_the_first_steps(
     train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +103,6 @@ def test_losses_of_the_first_steps(
     assert not (run / "start.json").exists()
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("model", ["conv-mocapsnet", "cnn"])
 def test_other_networks(model: str, command: Command) -> None:
     sizes = "--limit 16 --batch-size 16 --epochs 1 --device cpu --blocks 1".split()
@@ -120,7 +117,6 @@ def test_other_networks(model: str, command: Command) -> None:
     assert ("| hidden 2 " in output) == ("| classes " in output) == (model != "cnn")
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("arguments", "way"),
     [

@@ -21,7 +21,7 @@ from mocapsnet.train.experiments.states import state_of
 from mocapsnet.train.run_folder import read_config
 from mocapsnet.train.trainer import Trainer
 
-from .helpers import TINY, assert_equal_nested, rows, run_process
+from .helpers import TINY, assert_equal_nested, rows, run_two
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -243,6 +243,7 @@ def test_keep_is_not_changed_by_a_resume(script: list[str], command: Command) ->
     assert code == 2 and "--keep best does not go with --resume: the run has last" in errors
 
 
+@pytest.mark.usefixtures("pictures")
 def test_resumed_is_the_same_as_whole_and_evaluated_as_reported(command: Command) -> None:
     """Nothing scripted: the split, the best and the test repeat bit for bit."""
     arguments = [*VALIDATED, "--keep", "best", "--lr", "0.02"]
@@ -268,7 +269,7 @@ def test_resumed_is_the_same_as_whole_and_evaluated_as_reported(command: Command
 def test_two_processes_validate_with_the_images_of_one(command: Command) -> None:
     options = [*VALIDATED, "--epochs", "1", "--lr", "1e-12", "--keep", "best"]
     assert command("train", *options, "--out", "alone")[0] == 0
-    done = run_process("train", *options, "--out", "both", processes=2)
+    done = run_two("train", *options, "--out", "both")
     assert done.returncode == 0, done.stderr
     (one,), (two,) = rows(Path("alone")), rows(Path("both"))
     assert one.keys() == two.keys() and "validation_loss" in one
