@@ -69,10 +69,15 @@ def form(request, monkeypatch):
     return request.param
 
 
-def test_a_tile_of_samples_is_a_power_of_two_whatever_K_is(device):
+def test_a_tile_of_samples_is_a_power_of_two_whatever_K_is(device, monkeypatch):
     """K = 6 would fit ten of 17 samples with 32 components of kept sums."""
-    u, W, g = tensors(device, torch.float32, (17, 12, 6), (12, 6, 34, 17), (17, 34, 17))
-    assert not routing_kernels.planned(u, W).on_chip
+    monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
+    monkeypatch.setattr(routing_kernels, "DOT_SIZES", ())
+    u, W, g = tensors(device, torch.float32, (17, 2, 6), (2, 6, 2, 17), (17, 2, 17))
+    with launch.recording() as launches:
+        run(routing, (u, W), g, backend="triton")
+    (tile,) = (x.options["BLOCK_B"] for x in launches if "kept_backward" in x.kernel.__name__)
+    assert tile == 8
     got = run(routing, (u, W), g, backend="triton")
     want = run(routing, (u.double(), W.double()), g.double(), backend="reference")
     for x, y in zip(got, want, strict=True):
