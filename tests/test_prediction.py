@@ -146,6 +146,7 @@ def test_l1_answers_what_it_holds(step, cache, read):
 
 
 def test_an_asynchronous_copy_asks_l2_and_writes_shared_memory():
+    """Eight threads read, and all write: the others zeros."""
     body = """
 	shl.b32 %r3, %r1, 6;
 	mul.wide.u32 %rd2, %r1, 16;
@@ -155,7 +156,7 @@ def test_an_asynchronous_copy_asks_l2_and_writes_shared_memory():
 	cp.async.cg.shared.global [ %r3 + 0 ], [ %rd3 + 0 ], 0x10, %r4;
 """
     found, *_ = run(body)
-    assert (found.asked, found.shared, found.l1) == (8 * 16 / 32, 4, 0)
+    assert (found.asked, found.shared, found.l1) == (8 * 16 / 32, 4 * 4, 0)
 
 
 def test_pointers_from_memory_are_tensors_of_their_own():

@@ -44,6 +44,8 @@ class Access(NamedTuple):
     """Which threads do it [threads]."""
     shared: Numbers | None = None
     """Where a copy goes [threads]."""
+    writing: Numbers | None = None
+    """Which threads of a copy write there [threads]: those that read nothing write zeros."""
 
 
 class Instruction(NamedTuple):
@@ -317,11 +319,11 @@ class Run:
         name, operands = instruction.name, instruction.operands
         active = self.active(instruction)
         if name.startswith("cp.async"):
-            size = int(operands[2], 0)
+            size, writing = int(operands[2], 0), active
             if len(operands) > 3 and (given := self.operand(operands[3])) is not None:
                 active = active & (given > 0)
             to, source = map(self.address, operands[:2])
-            return Access("copy", source, size, active, to)
+            return Access("copy", source, size, active, to, writing)
         place = next(x for x in operands if x.startswith("["))
         addresses = self.address(place)
         if "matrix" in name:

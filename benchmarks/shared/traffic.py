@@ -112,7 +112,7 @@ def traffic(accesses: Iterable[Access], cache: int) -> Traffic:
     counts: Counter[str] = Counter()
     touched: dict[int, set[int]] = defaultdict(set)
     l1 = Cache(cache)
-    for kind, addresses, size, active, shared in accesses:
+    for kind, addresses, size, active, shared, writing in accesses:
         if kind == "rows":  # 8 rows of a matrix lie with 8 threads
             rows = np.arange(len(addresses)) % 32 < 8 * size
             counts["shared"] += counted(addresses, 16, active & rows)[0]
@@ -121,8 +121,8 @@ def traffic(accesses: Iterable[Access], cache: int) -> Traffic:
         if kind == "shared":
             counts["shared"] += waves
             continue
-        if shared is not None:
-            counts["shared"] += counted(shared, size, active)[0]
+        if shared is not None and writing is not None:
+            counts["shared"] += counted(shared, size, writing)[0]
         else:
             counts["l1"] += waves
         if not len(wanted):
