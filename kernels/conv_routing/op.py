@@ -17,7 +17,7 @@ from ..launch import (
     recording,
     triton_installed,
 )
-from ..library import Operation
+from ..library import Operation, transformed
 from ..routing.op import Explanation, backward_flops, explanation, forward_flops
 from . import chunked, reference
 from .windows import Windows
@@ -83,6 +83,8 @@ def conv_routing(
             )
     needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
     keep = needs_grad and iterations > 1 and (method, routing_grad) == ("rba", "final")
+    # vmap takes kept couplings apart by samples, which those of tensor cores do not lie by
+    keep = keep and not (chosen == "triton" and transformed())
     options = *stride, *padding, iterations, method, routing_grad, keep, chosen
     return conv_routing_forward(u, W, bias, *options)[0]
 

@@ -21,10 +21,18 @@ from .windows import Windows
 
 
 def kept_shape(u: Tensor, W: Tensor, steps: tuple[int, ...], keep: bool) -> tuple[int, ...]:
-    """Shape of the couplings [kh kw N, J, B, H', W'] that forward keeps; (0,) if it keeps none."""
+    """Shape of the couplings that forward keeps; (0,) if it keeps none.
+
+    They are [kh kw N, J, B, H', W'], or where tensor cores take them, in tiles of 16 windows.
+    """
     shape = W.shape[:3].numel(), W.shape[4], len(u), *Windows.of(u, W, steps).output
-    size = math.prod(shape) * accumulation_dtype(u, W).itemsize
-    return shape if keep and size <= chunked.KEPT_BYTES else (0,)
+    itemsize = accumulation_dtype(u, W).itemsize
+    if not keep or math.prod(shape) * itemsize > chunked.KEPT_BYTES:
+        return (0,)
+    B = math.prod(shape[2:])
+    if routing.streamed_plan(B, shape[0], *W.shape[3:], itemsize).dots:
+        return routing.in_tiles(*shape[:2], B)
+    return shape
 
 
 def planned(W: Tensor, s: Tensor) -> routing.Plan:
@@ -100,12 +108,14 @@ def backward(
         grid,
         weights,
         s.flatten(1, 3),
-        kept.dim() == 5,
+        kept.flatten(2) if kept.dim() == 5 else kept,
         *modes,
         planned(weights, s),
         addresses,
     )
-    couplings = kept.flatten(2).unflatten(0, W.shape[:3]) if kept.dim() == 5 else None
+    couplings = None
+    if kept.dim() > 1:
+        couplings = (kept.flatten(2) if kept.dim() == 5 else kept).unflatten(0, W.shape[:3])
     for dy, dx in product(range(windows.kh), range(windows.kw)):
         routing.streamed_backward(
             grid[:, dy:, dx:],

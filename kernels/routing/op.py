@@ -81,6 +81,8 @@ def routing(
     needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
     keep = needs_grad and iterations > 1
     keep = keep and (method, routing_grad) == ("rba", "final")
+    # vmap takes kept couplings apart by samples, which those of tensor cores do not lie by
+    keep = keep and not (chosen == "triton" and transformed())
     return routing_forward(u, W, bias, iterations, method, routing_grad, keep, chosen)[0]
 
 
@@ -194,11 +196,9 @@ def explanation(forward: list[Launch], backward: list[Launch], plans: str) -> Ex
 
     on_chip = any(launch.kernel is triton.on_chip_forward_kernel for launch in forward)
     form = "on chip, a sample per program" if on_chip else "streamed over the input capsules"
-    if any(
-        launch.kernel is triton.streamed_sum_kernel and launch.options["PRECISION"]
-        for launch in forward
-    ):
-        in_dots = any("WARPS" in launch.options for launch in backward)
+    if any(launch.kernel is triton.dot_sum_kernel for launch in forward):
+        of_dots = (triton.kept_backward_dots_kernel, triton.owned_backward_kernel)
+        in_dots = any(launch.kernel in of_dots for launch in backward)
         form += ", votes and gradients on" if in_dots else ", gradients on vector units, votes on"
         form += " tensor cores"
     launches = [tuple(map(str, part)) for part in (forward, backward)]

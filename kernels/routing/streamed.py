@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import device
-from . import dots, tile
+from . import fragments, tile
 
 
 @triton.jit(do_not_specialize=["B", "N", "per_slice"])
@@ -27,9 +27,8 @@ def streamed_sum_kernel(
     UNIFORM: tl.constexpr,
     GRADIENT: tl.constexpr,
     KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
@@ -37,11 +36,9 @@ def streamed_sum_kernel(
 ):
     """s of one iteration, or d(state) if GRADIENT, over a slice each: partial [slices, B, J, D].
 
-    The couplings [N, J, B] are stored if KEEP. Votes are made on tensor cores if there is a
-    PRECISION for them, see dots.py.
+    The couplings are stored if KEEP, as [N, J, B], or if FRAGMENTS, as tensor cores take them.
     """
-    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
-    b = row[:, :, None]
+    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
     j = tl.arange(0, BLOCK_J)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
     m_v = (b < B) & (j < J) & (d < D)
@@ -59,14 +56,7 @@ def streamed_sum_kernel(
         if UNIFORM and not SDA:
             acc = tile.add_votes(acc, p_u, b < B, p_W, m_W, K, J, D, ACC)
         else:
-            if PRECISION is None:
-                u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
-            else:
-                k = tl.arange(0, BLOCK_K)
-                p_u_k = u_ptr + tile.capsule(row, i, N, K, WINDOWS) + k[None, :]
-                m_u_k = (row < B) & (k[None, :] < K)
-                k = k[:, None, None]
-                u_hat = dots.votes(p_u_k, m_u_k, p_W + k * J * D, m_W & (k < K), PRECISION, ACC)
+            u_hat = tile.votes(p_u, b < B, p_W, m_W, K, J, D, ACC)  # [B, J, D]
             if SDA:
                 u_hat, _, _ = tile.shorten(u_hat, p_u, b < B, K, ACC)
             if UNIFORM:
@@ -82,48 +72,11 @@ def streamed_sum_kernel(
                 else:
                     acc += c * u_hat
                 if KEEP:
-                    tl.store(c_ptr + (i * J + j) * B + b, c, (b < B) & (j < J))
+                    p_c = fragments.place_of_coupling(c_ptr, i, b, j, B, J, FRAGMENTS)
+                    tl.store(p_c, c, (b < B) & (j < J))
     if UNIFORM:
         acc = acc / J
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * B * J * D + o_v, acc, m_v)
-
-
-@triton.jit(do_not_specialize=["B", "N", "per_slice"])
-def first_sum_kernel(
-    u_ptr,
-    W_ptr,
-    partial_ptr,
-    B,
-    N,
-    per_slice,
-    K: tl.constexpr,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_NK: tl.constexpr,
-    BLOCK_JD: tl.constexpr,
-    ACC: tl.constexpr,
-    WINDOWS: tl.constexpr = None,
-):
-    """s of the first iteration of rba over a slice each, one matrix product / J, on tensor cores:
-    partial [slices, B, J, D].
-    """
-    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
-    column = tl.program_id(2) * BLOCK_JD + tl.arange(0, BLOCK_JD)[None, :]
-    first = tl.program_id(1).to(tl.int64) * per_slice
-    end = tl.minimum(first + per_slice, N) * K
-    acc = tl.zeros([BLOCK_B, BLOCK_JD], ACC)
-    for begin in range(first * K, end, BLOCK_NK):
-        k = begin + tl.arange(0, BLOCK_NK)
-        m_u = (b < B) & (k[None, :] < end)
-        o_u = tile.sample(b, N.to(tl.int64) * K, WINDOWS) + tile.within(k[None, :], WINDOWS)
-        b_u = tl.load(u_ptr + o_u, m_u, 0).to(ACC)
-        m_W = (k[:, None] < end) & (column < J * D)
-        b_W = tl.load(W_ptr + k[:, None] * (J * D) + column, m_W, 0).to(ACC)
-        acc = dots.add(acc, dots.dot(b_u, b_W, PRECISION))
-    p = partial_ptr + (tl.program_id(1).to(tl.int64) * B + b) * (J * D) + column
-    tl.store(p, acc / J, (b < B) & (column < J * D))
 
 
 @triton.jit
@@ -188,6 +141,7 @@ def output_gradient_kernel(
     UNIFORM: tl.constexpr,
     ADD: tl.constexpr,
     KEPT: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -196,10 +150,13 @@ def output_gradient_kernel(
     """ds and the state of iteration r, from dv if it is the LAST, else from the sums of d(state).
 
     What iteration r + 1 gave is added to what those after it gave, in dV, if ADD. If KEPT, V takes
-    not the state but ds once more, as [J, B, D].
+    not the state but ds once more, as [J, B, D], or if there are WARPS of tensor cores for it, as
+    they take it, with zeros up to a multiple of 16 samples; and ds is stored in rows of BLOCK_J and
+    BLOCK_D.
     """
     b = tl.program_id(0).to(tl.int64)
     j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
+    m = m & (b < B)
     o = b * J * D + j * D + d
     stride = B.to(tl.int64) * J * D
     s = tl.load(s_ptr + r * stride + o, m, 0)
@@ -211,10 +168,14 @@ def output_gradient_kernel(
             dv += tl.load(dV_ptr + o, m, 0)
         tl.store(dV_ptr + o, dv, m)
     ds = device.squash_gradient(s, dv, 2)
-    tl.store(ds_ptr + o, ds, m)
-    if KEPT:
+    if WARPS is not None:
+        tl.store(ds_ptr + (b * BLOCK_J + j) * BLOCK_D + d, ds)
+        tl.store(V_ptr + fragments.transposed_place(b, j, d, BLOCK_J, BLOCK_D, WARPS), ds)
+    else:
+        tl.store(ds_ptr + o, ds, m)
+    if KEPT and WARPS is None:
         tl.store(V_ptr + (j * B + b) * D + d, ds, m)
-    elif not UNIFORM:
+    elif not UNIFORM and not KEPT:
         tl.store(V_ptr + o, tile.state(s_ptr + o, m, stride, r, s, SDA), m)
 
 
@@ -329,44 +290,3 @@ def kept_backward_kernel(
     p_du = du_ptr + tile.capsule(b, i, N, K, WINDOWS)
     for k in tl.static_range(K):
         tile.store_gradient(p_du + k, tl.sum(du[k], 1, keep_dims=True), b < B, WINDOWS)
-
-
-@triton.jit(do_not_specialize=["B", "N", "per_slice"])
-def kept_backward_dots_kernel(
-    W_ptr,
-    c_ptr,
-    ds_ptr,
-    du_ptr,
-    B,
-    N,
-    per_slice,
-    K: tl.constexpr,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WARPS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-    WINDOWS: tl.constexpr = None,
-):
-    """du of a slice of the input capsules (8, 14), like `kept_backward_kernel`, on tensor cores.
-
-    ds is [B, J, D].
-    """
-    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
-    b = row[:, :, None]
-    j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
-    k = tl.arange(0, BLOCK_K)
-    w_k = k[:, None, None]
-    m_W = (w_k < K) & m
-    ds = tl.load(ds_ptr + b * J * D + j * D + d, (b < B) & m, 0)
-    first = tl.program_id(1).to(tl.int64) * per_slice
-    for i in range(first, tl.minimum(first + per_slice, N)):
-        c = tl.load(c_ptr + (i * J + j) * B + b, (b < B) & (j < J), 0)
-        p_W = W_ptr + (i * K + w_k) * J * D + j * D + d
-        du = dots.input_gradient(c * ds, p_W, m_W, WARPS, PRECISION, ACC)
-        p_du = du_ptr + tile.capsule(row, i, N, K, WINDOWS) + k[None, :]
-        tile.store_gradient(p_du, du, (row < B) & (k[None, :] < K), WINDOWS)

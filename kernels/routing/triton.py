@@ -9,19 +9,19 @@ from torch import Tensor
 from .. import tuning
 from ..launch import accumulation_dtype, accumulation_type, launch, padded, split_precision
 from . import chunked
+from .dot_sums import dot_sum_kernel, first_sum_kernel
+from .kept import kept_backward_dots_kernel, kept_weight_gradient_kernel
 from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
 from .owned import owned_backward_kernel
 from .reference import distance_scale
 from .streamed import (
-    first_sum_kernel,
-    kept_backward_dots_kernel,
     kept_backward_kernel,
     output_gradient_kernel,
     output_kernel,
     streamed_backward_kernel,
     streamed_sum_kernel,
 )
-from .weight_gradient import kept_weight_gradient_kernel, weight_gradient
+from .weight_gradient import weight_gradient
 
 ON_CHIP_VOTES = 16384
 """Votes of one sample, sides padded to powers of two, that one program holds in registers."""
@@ -47,8 +47,9 @@ OWNED_K = 16
 OWNED_PROGRAMS = 264
 """Programs that it is cut into, if the batch allows: 2 for each multiprocessor of an H100."""
 
-DOT_PROGRAMS = 528
-"""Programs of a streamed pass with votes on tensor cores: 4 for each multiprocessor of an H100."""
+DOT_PROGRAMS = 396
+"""Programs of a streamed pass with votes on tensor cores: 3 for each multiprocessor of an H100,
+which are as many as fit."""
 
 TERMS_BYTES = 64 << 20
 """Numbers a that streamed backward holds at a time."""
@@ -86,8 +87,9 @@ def plan(B: int, N: int, K: int, J: int, D: int, itemsize: int) -> Plan:
 
 def streamed_plan(B: int, N: int, K: int, J: int, D: int, itemsize: int) -> Plan:
     """The plan of the streamed form."""
-    columns = padded(J) * padded(D)
-    if itemsize in DOT_SIZES and K in DOT_K and columns in DOT_COLUMNS:
+    columns = max(padded(J), 8) * padded(D)
+    fits = padded(J) * padded(D) in DOT_COLUMNS and columns <= DOT_COLUMNS[-1]
+    if itemsize in DOT_SIZES and K in DOT_K and fits:
         slices = max(1, min(N, DOT_PROGRAMS // triton.cdiv(max(B, 1), 16)))
         return Plan(False, 16, triton.cdiv(N, slices), min(max(columns // 64, 1), 8), True)
     return vector_plan(B, N, J, D, itemsize)
@@ -102,25 +104,45 @@ def vector_plan(B: int, N: int, J: int, D: int, itemsize: int) -> Plan:
     return Plan(False, block_b, triton.cdiv(N, slices), num_warps, False)
 
 
-def registers(p: Plan, sda: bool, full: bool) -> dict[str, int]:
+def registers(p: Plan, K: int, sda: bool, full: bool) -> dict[str, int]:
     """Launch option of streamed kernels: how many registers a thread may take.
 
-    Unasked, ptxas fits in one more program where it can, and spills one to four registers for it.
+    Unasked, ptxas fits in one more program where it can, and spills one to four registers for it;
+    or, on tensor cores, takes a few that keep a third program out.
     """
+    if p.dots and p.num_warps == 4 and K <= 8 and not (sda or full):
+        return {"maxnreg": 168}
     if p.dots or not (sda or p.num_warps > 1):
         return {}
     return {"maxnreg": 255 if sda or full else 168}
 
 
-def vote_options(p: Plan, u: Tensor, W: Tensor, windows: Windows) -> dict[str, Any]:
-    """Launch options of the kernels that can make votes on tensor cores."""
-    return dict(
-        PRECISION=split_precision(u, W) if p.dots else None,
+def sum_kernel(
+    p: Plan, u: Tensor, W: Tensor, sda: bool, full: bool, windows: Windows
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of streamed sums, and its launch options that all of them share."""
+    _, K, J, D = W.shape
+    options: dict[str, Any] = dict(
+        K=K,
+        J=J,
+        D=D,
+        SCALE=distance_scale(J),
+        SDA=sda,
         BLOCK_B=p.block_b,
-        BLOCK_K=max(padded(W.shape[1]), 8),
+        BLOCK_D=padded(D),
+        ACC=accumulation_type(u, W),
         WINDOWS=windows,
         num_warps=p.num_warps,
         num_stages=1,
+        **registers(p, K, sda, full),
+    )
+    if not p.dots:
+        return streamed_sum_kernel, options | dict(BLOCK_J=padded(J))
+    return dot_sum_kernel, options | dict(
+        PRECISION=split_precision(u, W),
+        WARPS=p.num_warps,
+        BLOCK_K=max(padded(K), 8),
+        BLOCK_J=max(padded(J), 8),
     )
 
 
@@ -150,10 +172,20 @@ def chosen(
     return planned(u, W)
 
 
-def kept_shape(u: Tensor, W: Tensor, keep: bool, p: Plan | None = None) -> tuple[int, ...]:
-    """Shape of the couplings [N, J, B] that the streamed forward keeps; (0,) if it keeps none."""
-    p = p or planned(u, W)
-    return chunked.kept_shape(u, W, keep and not p.on_chip)
+def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
+    """Shape of the couplings that the streamed forward keeps; (0,) if it keeps none.
+
+    They are [N, J, B], or where the static plan, whichever is chosen, has tensor cores, `in_tiles`.
+    """
+    p = planned(u, W)
+    shape = chunked.kept_shape(u, W, keep and not p.on_chip)
+    return in_tiles(*shape) if len(shape) == 3 and p.dots else shape
+
+
+def in_tiles(N: int, J: int, B: int) -> tuple[int, ...]:
+    """Shape of couplings as tensor cores take them, [N, tiles, J, 16], J and tiles padded; see
+    `fragments.coupling_place`."""
+    return N, triton.cdiv(B, 16), max(padded(J), 8), 16
 
 
 def forward(
@@ -175,7 +207,7 @@ def forward(
     J, D = W.shape[2:]
     v = u.new_empty(B, J, D, dtype=torch.promote_types(u.dtype, W.dtype))
     s = u.new_empty(iterations, B, J, D, dtype=accumulation_dtype(u, W))
-    kept = s.new_empty(kept_shape(u, W, keep, p))
+    kept = s.new_empty(kept_shape(u, W, keep))
     if B == 0:
         return v, s, kept
     if not p.on_chip:
@@ -212,7 +244,8 @@ def streamed_forward(
     p: Plan,
     windows: Windows = None,
 ) -> None:
-    """Fills v [B, J, D], s [R, B, J, D], and couplings [N, J, B] if `kept` is to have them.
+    """Fills v [B, J, D], s [R, B, J, D], and couplings [N, J, B], or `in_tiles`, if `kept` is to
+    have them.
 
     The samples are u [B, N, K], or the `windows` of a grid; see `tile.py`.
     """
@@ -220,7 +253,7 @@ def streamed_forward(
     N, K = W.shape[:2]
     sda = method == "sda"
     sizes = dict(J=J, D=D, BLOCK_J=padded(J), BLOCK_D=padded(D), ACC=accumulation_type(u, W))
-    routing = dict(K=K, SCALE=distance_scale(J), SDA=sda)
+    kernel, options = sum_kernel(p, u, W, sda, False, windows)
     has_bias = bias is not None
     bias = v if bias is None else bias.contiguous()
     slices = triton.cdiv(N, p.per_slice)
@@ -247,16 +280,14 @@ def streamed_forward(
             )
         else:
             launch(
-                streamed_sum_kernel,
+                kernel,
                 (triton.cdiv(B, p.block_b), slices),
                 *(u, W, V, V, kept, partial, B, N, p.per_slice),
                 UNIFORM=r == 0,
                 GRADIENT=False,
-                KEEP=kept.dim() == 3 and r == R - 1,
-                **vote_options(p, u, W, windows),
-                **routing,
-                **sizes,
-                **registers(p, sda, full=False),
+                KEEP=kept.dim() > 1 and r == R - 1,
+                FRAGMENTS=kept.dim() == 4,
+                **options,
             )
         launch(
             output_kernel,
@@ -294,7 +325,7 @@ def backward(
     if p.on_chip:
         x = on_chip_backward(dv, u, W, s, du, dW, sda, full, p)
     else:
-        x = output_gradients(dv, u, W, s, kept.dim() == 3, sda, full, p)
+        x = output_gradients(dv, u, W, s, kept, sda, full, p)
         streamed_backward(u, W, x, kept, du, dW, R, sda, full, p)
     return du, dW, bias_gradient(x, R, full) if with_bias else s.new_empty(0)
 
@@ -366,10 +397,10 @@ def streamed_backward(
     """
     B, (N, K, J, D) = x.shape[1], W.shape
     is_kept = kept.dim() == 3
-    if is_kept and p.dots:
-        kept_backward_dots(u, W, kept, x[0], du, dW, p, windows)
+    if kept.dim() == 4:
+        kept_backward_dots(u, W, kept, x, du, dW, p, windows)
         return
-    if owned(p, K, J, D):
+    if not is_kept and owned(p, K, J, D):
         owned_backward(u, W, x, du, dW, R, sda, full, windows)
         return
     terms = terms_of(R, full)
@@ -409,7 +440,7 @@ def streamed_backward(
             BLOCK_J=padded(J),
             num_warps=p.num_warps,
             **sizes,
-            **registers(p, sda, full),
+            **registers(p, K, sda, full),
         )
         weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, windows=windows)
 
@@ -466,27 +497,32 @@ def owned_backward(
         dW.copy_(sums.sum(0))
 
 
+def backward_plan(p: Plan, B: int, W: Tensor, s: Tensor) -> Plan:
+    """The plan p if it has tensor cores, else the static one, for couplings that lie for them."""
+    return p if p.dots else streamed_plan(B, *W.shape, s.itemsize)
+
+
 def kept_backward_dots(
     u: Tensor,
     W: Tensor,
     c: Tensor,
-    ds: Tensor,
+    x: Tensor,
     du: Tensor,
     dW: Tensor,
     p: Plan,
     windows: Windows,
 ) -> None:
-    """Fills du [B, N, K] and dW [N, K, J, D] on tensor cores, from couplings c [N, J, B]."""
-    B, (N, K, J, D) = len(ds), W.shape
+    """Fills du [B, N, K] and dW [N, K, J, D] on tensor cores, from couplings c `in_tiles`."""
+    B, (N, K, J, D) = x.shape[1], W.shape
+    p = backward_plan(p, B, W, x)
     precision = split_precision(u, W)
     options: dict[str, Any] = dict(
         K=K,
         J=J,
         D=D,
         WARPS=p.num_warps,
-        BLOCK_B=p.block_b,
         BLOCK_K=max(padded(K), 8),
-        BLOCK_J=padded(J),
+        BLOCK_J=c.shape[2],
         BLOCK_D=padded(D),
         ACC=accumulation_type(u, W),
         WINDOWS=windows,
@@ -499,14 +535,15 @@ def kept_backward_dots(
     launch(
         kept_backward_dots_kernel,
         (triton.cdiv(B, p.block_b), triton.cdiv(N, p.per_slice)),
-        *(W, c, ds, du, B, N, p.per_slice),
+        *(W, c, x[0], du, B, N, p.per_slice),
+        BLOCK_B=p.block_b,
         **options,
     )
-    together = 2  # input capsules; 4 take 254 registers
+    together = 2 if K <= 16 else 1  # input capsules, whose sums fit registers
     launch(
         kept_weight_gradient_kernel,
         (triton.cdiv(N, together),),
-        *(u, c, ds, dW, B, N),
+        *(u, c, x[1], dW, B, N),
         NS=tuple(range(together)),
         **options,
     )
@@ -517,7 +554,7 @@ def output_gradients(
     u: Tensor,
     W: Tensor,
     s: Tensor,
-    is_kept: bool,
+    kept: Tensor,
     sda: bool,
     full: bool,
     p: Plan,
@@ -526,14 +563,16 @@ def output_gradients(
     """ds and states x [.., B, J, D] of the streamed form: of all iterations if `full`, else of the
     last; first every ds, then the states.
 
-    If couplings are kept, it is the last ds as [B, J, D] and once more as [J, B, D].
+    If couplings are kept, it is the last ds as [B, J, D] and once more as [J, B, D]; if they are
+    `in_tiles`, all sides are padded, and once more is in the order of `transposed_place`.
     Iterations are walked backwards; each but the first needs a pass over the votes for d(state).
     """
     (R, B, J, D), (N, K) = s.shape, W.shape[:2]
-    x = s.new_empty(max(terms_of(R, full), 2), B, J, D)
-    sizes = dict(
-        J=J, D=D, SDA=sda, BLOCK_J=padded(J), BLOCK_D=padded(D), ACC=accumulation_type(u, W)
-    )
+    tiled = kept.dim() == 4
+    rows, block_j = (16 * kept.shape[1], kept.shape[2]) if tiled else (B, padded(J))
+    sides = (rows, block_j, padded(D)) if tiled else (B, J, D)
+    x = s.new_empty(max(terms_of(R, full), 2), *sides)
+    kernel, options = sum_kernel(p, u, W, sda, full, windows)
     slices = triton.cdiv(N, p.per_slice)
     partial = s.new_empty(slices, B, J, D) if full and R > 1 else x
     dV = torch.empty_like(s[0])
@@ -541,29 +580,32 @@ def output_gradients(
         ds, V = (x[r], x[R + r - 1 if r else 0]) if full else (x[0], x[1])
         launch(
             output_gradient_kernel,
-            (B,),
+            (rows,),
             *(dv, partial, dV, s, ds, V, slices, B, r),
             LAST=r == R - 1,
             UNIFORM=r == 0,
             ADD=r < R - 2 and not sda,
-            KEPT=is_kept,
+            KEPT=kept.dim() > 1,
+            WARPS=backward_plan(p, B, W, s).num_warps if tiled else None,
+            J=J,
+            D=D,
+            SDA=sda,
             BLOCK_S=max(1, 16384 // (padded(J) * padded(D))),
+            BLOCK_J=block_j,
+            BLOCK_D=padded(D),
+            ACC=accumulation_type(u, W),
             num_warps=8,
-            **sizes,
         )
         if not full or r == 0:
             break
         launch(
-            streamed_sum_kernel,
+            kernel,
             (triton.cdiv(B, p.block_b), slices),
             *(u, W, V, ds, ds, partial, B, N, p.per_slice),
-            K=K,
-            SCALE=distance_scale(J),
             UNIFORM=False,
             GRADIENT=True,
             KEEP=False,
-            **vote_options(p, u, W, windows),
-            **sizes,
-            **registers(p, sda, full),
+            FRAGMENTS=False,
+            **options,
         )
-    return x
+    return x[:, :B, :J, :D] if tiled else x

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import accumulation_type, dot_precision, launch, padded
-from . import dots, tile
+from . import tile
 
 
 @triton.jit(do_not_specialize=["first", "B", "N", "begin", "end"])
@@ -85,93 +85,6 @@ def weight_gradient_kernel(
     w_j, w_d = tl.program_id(1) * BLOCK_J + column // BLOCK_D, column % BLOCK_D
     p_dW = dW_ptr + ((i * K + k) * J + w_j) * D + w_d
     tl.store(p_dW, dW, (k < K) & (w_j < J) & (w_d < D))
-
-
-@triton.jit
-def kept_part(
-    dW,
-    ds,
-    u_ptr,
-    c_ptr,
-    i,
-    row,
-    j,
-    B,
-    N,
-    K: tl.constexpr,
-    J: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WARPS: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WINDOWS: tl.constexpr,
-):
-    """dW of one input capsule, grown by what some samples give."""
-    b, k = row[:, :, None], tl.arange(0, BLOCK_K)[None, :]
-    c = tl.load(c_ptr + (i * J + j) * B + b, (b < B) & (j < J) & (i < N), 0)
-    p_u = u_ptr + tile.capsule(row, i, N, K, WINDOWS) + k
-    b_u = tl.load(p_u, (row < B) & (k < K) & (i < N), 0).to(ACC)
-    return dots.add(dW, dots.weight_gradient(c * ds, b_u, WARPS, PRECISION))
-
-
-@triton.jit(do_not_specialize=["B", "N"])
-def kept_weight_gradient_kernel(
-    u_ptr,
-    c_ptr,
-    ds_ptr,
-    dW_ptr,
-    B,
-    N,
-    NS: tl.constexpr,
-    K: tl.constexpr,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    WARPS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WINDOWS: tl.constexpr = None,
-):
-    """dW of a few input capsules, which share the loads of ds [B, J, D], on tensor cores (8, 14),
-    from the couplings c [N, J, B] of forward. NS are the numbers from 0 to theirs.
-    """
-    first = tl.program_id(0).to(tl.int64) * len(NS)
-    j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
-    k = tl.arange(0, BLOCK_K)[:, None, None]
-    dW = [tl.zeros([WARPS, BLOCK_J * BLOCK_D // WARPS, BLOCK_K], ACC) for n in NS]
-    for start in range(0, B, BLOCK_B):
-        row = start + tl.arange(0, BLOCK_B)[:, None].to(tl.int64)
-        b = row[:, :, None]
-        ds = tl.load(ds_ptr + (b * J + j) * D + d, (b < B) & m, 0)
-        dW = [
-            kept_part(
-                dW[n],
-                ds,
-                u_ptr,
-                c_ptr,
-                first + n,
-                row,
-                j,
-                B,
-                N,
-                K,
-                J,
-                BLOCK_K,
-                WARPS,
-                ACC,
-                PRECISION,
-                WINDOWS,
-            )
-            for n in NS
-        ]
-    for n in tl.static_range(len(NS)):
-        i = first + n
-        p_dW = dW_ptr + ((i * K + k) * J + j) * D + d
-        m_dW = (i < N) & (k < K) & m
-        tl.store(p_dW, dots.unpacked(dW[n], BLOCK_J, BLOCK_D), m_dW)
 
 
 def weight_gradient_tile(B: int, N: int, J: int, D: int) -> tuple[int, int]:

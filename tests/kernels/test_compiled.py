@@ -86,7 +86,8 @@ def compile_and_check(architecture, dtype, only, folder):
         first = {"first_sum_kernel"} if "rba" in case and dtype != "float64" else set()
         streamed = STREAMED | {du} | first
         if dots:  # dW is on tensor cores too, in the kernel of du where couplings are made again
-            streamed -= {"weight_gradient_kernel"}
+            streamed -= {"weight_gradient_kernel", "streamed_sum_kernel"}
+            streamed |= {"dot_sum_kernel"}
             streamed |= {"kept_weight_gradient_kernel"} if kept else set()
         assert kernels == (ON_CHIP if on_chip else streamed)
     for case in {row["case"] for row in rows if row["case"].startswith("windows")}:

@@ -53,6 +53,7 @@ def force(form, monkeypatch):
     monkeypatch.setattr(routing_kernels, "OWNED_PROGRAMS", 3)  # several tiles of samples each
     if form == "on chip":
         broken = ["streamed_sum_kernel", "streamed_backward_kernel", "kept_backward_kernel"]
+        broken.append("dot_sum_kernel")
         broken += ["kept_backward_dots_kernel", "owned_backward_kernel"]
     else:
         monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
@@ -198,7 +199,7 @@ def test_a_large_layer_takes_tensor_cores(mode, dtype, device):
     with launch.recording() as launches:
         run(routed(mode), [u, W, bias], g, backend="triton")
     precision = {"split"} if dtype == torch.float32 else {"exact"}
-    sums = [x for x in launches if x.kernel.__name__ in ("first_sum_kernel", "streamed_sum_kernel")]
+    sums = [x for x in launches if x.kernel.__name__ in ("first_sum_kernel", "dot_sum_kernel")]
     assert len(sums) == 3 and {x.options["PRECISION"] for x in sums} == precision
     assert_as_good_as_eager(routed(mode), [u, W, bias], g)
 
