@@ -76,8 +76,10 @@ def dot_sum_kernel(
 ):
     """What `streamed_sum_kernel` makes, votes being made on tensor cores, see dots.py.
 
-    u and W are loaded a turn ahead of their use, so that a warp does not wait for them.
+    u and W are loaded a turn ahead of their use, so that a warp does not wait for them, if they
+    leave registers for it.
     """
+    AHEAD: tl.constexpr = BLOCK_K <= 16
     start = tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = B - start
     row = tl.arange(0, BLOCK_B)[:, None, None].to(tl.int64)
@@ -105,7 +107,7 @@ def dot_sum_kernel(
     )
     W = fragments.load_weights(p_W, False, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS, J)
     for i in range(first, end):
-        n = tl.minimum(i + 1, end - 1)
+        n = tl.minimum(i + 1, end - 1) if AHEAD else i
         p_W = W_ptr + n * K * J * D
         next_u = fragments.inputs(
             u_ptr + tile.within(n * K, WINDOWS),
@@ -119,6 +121,8 @@ def dot_sum_kernel(
             WINDOWS,
         )
         next_W = fragments.load_weights(p_W, False, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS, J)
+        if not AHEAD:
+            u, W = next_u, next_W
         b_W = fragments.weights(W, False, BLOCK_K, BLOCK_J, BLOCK_D, WARPS)
         u_hat = dots.dot(u.to(ACC), b_W.to(ACC), PRECISION)
         u_hat = fragments.tile(u_hat, BLOCK_J, BLOCK_D)  # [B, J, D]
