@@ -124,11 +124,11 @@ def backward(
             kept if couplings is None else couplings[dy, dx],
             du[:, dy:, dx:],
             dW[dy, dx],
-            len(s),
+            s.flatten(1, 3),
             *modes,
             planned(W[dy, dx], s),
             addresses,
         )
     inner = du[:, windows.py : windows.py + windows.H, windows.px : windows.px + windows.Wd]
-    dbias = routing.bias_gradient(x, len(s), modes[1]) if with_bias else s.new_empty(0)
+    dbias = routing.bias_gradient(x, s.flatten(1, 3), modes[1]) if with_bias else s.new_empty(0)
     return inner.to(u.dtype).contiguous(), dW, dbias

@@ -326,8 +326,8 @@ def backward(
         x = on_chip_backward(dv, u, W, s, du, dW, sda, full, p)
     else:
         x = output_gradients(dv, u, W, s, kept, sda, full, p)
-        streamed_backward(u, W, x, kept, du, dW, R, sda, full, p)
-    return du, dW, bias_gradient(x, R, full) if with_bias else s.new_empty(0)
+        streamed_backward(u, W, x, kept, du, dW, s, sda, full, p)
+    return du, dW, bias_gradient(x, s, full) if with_bias else s.new_empty(0)
 
 
 def terms_of(R: int, full: bool) -> int:
@@ -335,9 +335,10 @@ def terms_of(R: int, full: bool) -> int:
     return 2 * R - 1 if full else 1
 
 
-def bias_gradient(x: Tensor, R: int, full: bool) -> Tensor:
-    """dbias [J, D] from the ds of each iteration, or of the last."""
-    return x[: R if full else 1].sum((0, 1))
+def bias_gradient(x: Tensor, s: Tensor, full: bool) -> Tensor:
+    """dbias [J, D] from the ds of each iteration, or of the last; padding is 0."""
+    R, _, J, D = s.shape
+    return x[: R if full else 1].sum((0, 1))[:J, :D].contiguous()
 
 
 def on_chip_backward(
@@ -385,20 +386,21 @@ def streamed_backward(
     kept: Tensor,
     du: Tensor,
     dW: Tensor,
-    R: int,
+    s: Tensor,
     sda: bool,
     full: bool,
     p: Plan,
     windows: Windows = None,
 ) -> None:
-    """Fills du [B, N, K] and dW [N, K, J, D], given what `output_gradients` made.
+    """Fills du [B, N, K] and dW [N, K, J, D], given s [R, B, J, D] and what `output_gradients` made
+    of it.
 
     Of `windows` du is added to a grid: no two of them may have an input capsule in common.
     """
-    B, (N, K, J, D) = x.shape[1], W.shape
+    (R, B, _, _), (N, K, J, D) = s.shape, W.shape
     is_kept = kept.dim() == 3
     if kept.dim() == 4:
-        kept_backward_dots(u, W, kept, x, du, dW, p, windows)
+        kept_backward_dots(u, W, kept, x, du, dW, B, p, windows)
         return
     if not is_kept and owned(p, K, J, D):
         owned_backward(u, W, x, du, dW, R, sda, full, windows)
@@ -509,11 +511,12 @@ def kept_backward_dots(
     x: Tensor,
     du: Tensor,
     dW: Tensor,
+    B: int,
     p: Plan,
     windows: Windows,
 ) -> None:
     """Fills du [B, N, K] and dW [N, K, J, D] on tensor cores, from couplings c `in_tiles`."""
-    B, (N, K, J, D) = x.shape[1], W.shape
+    N, K, J, D = W.shape
     p = backward_plan(p, B, W, x)
     precision = split_precision(u, W)
     options: dict[str, Any] = dict(
@@ -567,7 +570,7 @@ def output_gradients(
     `in_tiles`, all sides are padded, and once more is in the order of `transposed_place`.
     Iterations are walked backwards; each but the first needs a pass over the votes for d(state).
     """
-    (R, B, J, D), (N, K) = s.shape, W.shape[:2]
+    (R, B, J, D), N = s.shape, len(W)
     tiled = kept.dim() == 4
     rows, block_j = (16 * kept.shape[1], kept.shape[2]) if tiled else (B, padded(J))
     sides = (rows, block_j, padded(D)) if tiled else (B, J, D)
@@ -608,4 +611,4 @@ def output_gradients(
             FRAGMENTS=False,
             **options,
         )
-    return x[:, :B, :J, :D] if tiled else x
+    return x
