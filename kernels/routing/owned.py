@@ -51,8 +51,8 @@ def owned_backward_kernel(
         p_u = u_ptr + i * K
         p_x = x_ptr + start * row_x
         b_u = fragments.inputs(p_u, start, rows, row_u, K, 16, BLOCK_K, WARPS, WINDOWS).to(ACC)
-        W = fragments.load_weights(p_W, False, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS, J)
-        b_W = fragments.weights(W, False, BLOCK_K, BLOCK_J, BLOCK_D, WARPS).to(ACC)
+        W = fragments.whole_weights(p_W, False, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS)
+        b_W = W.to(ACC)
         u_hat = fragments.tile(dots.dot(b_u, b_W, PRECISION), BLOCK_J, BLOCK_D)
         if SDA:
             p_rows = fragments.of_samples(p_u, start, row, row_u, WINDOWS)
@@ -74,8 +74,8 @@ def owned_backward_kernel(
             g, along = tile.unshorten(g, u_hat, f, length)
         b_u = fragments.samples(p_u, start, rows, row_u, K, BLOCK_K, WARPS, WINDOWS).to(ACC)
         dW = dots.add(dW, dots.dot(fragments.operand(g, WARPS, True), b_u, PRECISION_G))
-        W = fragments.load_weights(p_W, True, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS, J)
-        b_W = fragments.weights(W, True, BLOCK_K, BLOCK_J, BLOCK_D, WARPS).to(ACC)
+        W = fragments.whole_weights(p_W, True, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS)
+        b_W = W.to(ACC)
         du = tl.sum(dots.dot(fragments.operand(g, WARPS, False), b_W, PRECISION_G), 0)  # [16, K]
         k = tl.arange(0, BLOCK_K)[None, :]
         row = tl.arange(0, 16)[:, None]
