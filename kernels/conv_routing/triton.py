@@ -30,8 +30,9 @@ def kept_shape(u: Tensor, W: Tensor, steps: tuple[int, ...], keep: bool) -> tupl
     if not keep or math.prod(shape) * itemsize > chunked.KEPT_BYTES:
         return (0,)
     B = math.prod(shape[2:])
-    if routing.streamed_plan(B, shape[0], *W.shape[3:], itemsize).dots:
-        return routing.in_tiles(*shape[:2], B)
+    K, J, D = W.shape[3:]
+    if routing.streamed_plan(B, shape[0], K, J, D, itemsize).dots:
+        return routing.in_tiles(shape[0], J, B)
     return shape
 
 

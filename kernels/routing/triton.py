@@ -501,7 +501,8 @@ def owned_backward(
 
 def backward_plan(p: Plan, B: int, W: Tensor, s: Tensor) -> Plan:
     """The plan p if it has tensor cores, else the static one, for couplings that lie for them."""
-    return p if p.dots else streamed_plan(B, *W.shape, s.itemsize)
+    N, K, J, D = W.shape
+    return p if p.dots else streamed_plan(B, N, K, J, D, s.itemsize)
 
 
 def kept_backward_dots(
