@@ -161,7 +161,7 @@ def machine_code(cubin: bytes) -> tuple[int, Code]:
         file.write(cubin)
         file.flush()
         usage = inspect(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
-        code = parse_nvidia(inspect(TOOLS / "nvdisasm", "-c", file.name))
+        code = parse_nvidia(inspect(TOOLS / "nvdisasm", "-c", "-ndf", file.name))
     return int(re.findall(r"REG:(\d+)", usage)[0]), code
 
 
