@@ -104,32 +104,26 @@ def backward(
     modes = method == "sda", routing_grad == "full"
     grid, weights = with_padding(u, windows), W.flatten(0, 2)
     du = torch.zeros_like(grid, dtype=s.dtype)
-    x = routing.output_gradients(
-        dv.contiguous().flatten(0, 2),
-        grid,
-        weights,
-        s.flatten(1, 3),
-        kept.flatten(2) if kept.dim() == 5 else kept,
-        *modes,
-        planned(weights, s),
-        addresses,
-    )
-    couplings = None
-    if kept.dim() > 1:
-        couplings = (kept.flatten(2) if kept.dim() == 5 else kept).unflatten(0, W.shape[:3])
+    sums, couplings = s.flatten(1, 3), kept.flatten(2) if kept.dim() == 5 else kept
+    plan = planned(weights, sums)
+    dv = dv.contiguous().flatten(0, 2)
+    x = routing.output_gradients(dv, grid, weights, sums, couplings, *modes, plan, addresses)
     for dy, dx in product(range(windows.kh), range(windows.kw)):
-        routing.streamed_backward(
-            grid[:, dy:, dx:],
-            W[dy, dx],
-            x,
-            kept if couplings is None else couplings[dy, dx],
-            du[:, dy:, dx:],
-            dW[dy, dx],
-            s.flatten(1, 3),
-            *modes,
-            planned(W[dy, dx], s),
-            addresses,
+        W_place, p = W[dy, dx], planned(W[dy, dx], sums)
+        u_place, du_place = grid[:, dy:, dx:], du[:, dy:, dx:]
+        if kept.dim() > 1:
+            c = couplings.unflatten(0, W.shape[:3])[dy, dx]
+            routing.kept_input_gradient(
+                u_place, W_place, c, x, du_place, sums.shape[1], p, addresses
+            )
+        else:
+            routing.streamed_backward(
+                u_place, W_place, x, kept, du_place, dW[dy, dx], sums, *modes, p, addresses
+            )
+    if kept.dim() > 1:  # dW of all places at once
+        routing.kept_weight_gradient(
+            grid, weights, couplings, x, dW.flatten(0, 2), sums.shape[1], plan, addresses
         )
     inner = du[:, windows.py : windows.py + windows.H, windows.px : windows.px + windows.Wd]
-    dbias = routing.bias_gradient(x, s.flatten(1, 3), modes[1]) if with_bias else s.new_empty(0)
+    dbias = routing.bias_gradient(x, sums, modes[1]) if with_bias else s.new_empty(0)
     return inner.to(u.dtype).contiguous(), dW, dbias

@@ -398,29 +398,14 @@ def streamed_backward(
     Of `windows` du is added to a grid: no two of them may have an input capsule in common.
     """
     (R, B, _, _), (N, K, J, D) = s.shape, W.shape
-    is_kept = kept.dim() == 3
-    if kept.dim() == 4:
-        kept_backward_dots(u, W, kept, x, du, dW, B, p, windows)
+    if kept.dim() > 1:
+        kept_input_gradient(u, W, kept, x, du, B, p, windows)
+        kept_weight_gradient(u, W, kept, x, dW, B, p, windows)
         return
-    if not is_kept and owned(p, K, J, D):
+    if owned(p, K, J, D):
         owned_backward(u, W, x, du, dW, R, sda, full, windows)
         return
     terms = terms_of(R, full)
-    sizes = dict(J=J, D=D, BLOCK_D=padded(D), ACC=accumulation_type(u, W), WINDOWS=windows)
-    if is_kept:
-        # a warp's sums for every k take 64 registers of each thread
-        block_b = max(1, min(8192 // (padded(K) * padded(D) * x.itemsize), padded(B)))
-        launch(
-            kept_backward_kernel,
-            (triton.cdiv(B, block_b) * N,),
-            *(W, kept, x[1], du, B, N),
-            KS=tuple(range(K)),
-            BLOCK_B=block_b,
-            num_warps=1,
-            **sizes,
-        )
-        weight_gradient(u, W, kept, x, dW, (0, N), terms, sda, True, windows=windows)
-        return
     step = max(1, min(N, TERMS_BYTES // ((terms + sda) * B * J * x.itemsize)))
     a = x.new_empty((terms + sda) * B * step * J)
     p = vector_plan(B, N, J, D, x.itemsize) if p.dots else p
@@ -433,6 +418,8 @@ def streamed_backward(
             (triton.cdiv(B, block_b), triton.cdiv(end - begin, p.per_slice)),
             *(u, W, x, du, a, B, N, begin, end, p.per_slice),
             K=K,
+            J=J,
+            D=D,
             R=R,
             TERMS=terms,
             SCALE=distance_scale(J),
@@ -440,8 +427,10 @@ def streamed_backward(
             FULL=full,
             BLOCK_B=block_b,
             BLOCK_J=padded(J),
+            BLOCK_D=padded(D),
+            ACC=accumulation_type(u, W),
+            WINDOWS=windows,
             num_warps=p.num_warps,
-            **sizes,
             **registers(p, K, sda, full),
         )
         weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, windows=windows)
@@ -505,22 +494,11 @@ def backward_plan(p: Plan, B: int, W: Tensor, s: Tensor) -> Plan:
     return p if p.dots else streamed_plan(B, N, K, J, D, s.itemsize)
 
 
-def kept_backward_dots(
-    u: Tensor,
-    W: Tensor,
-    c: Tensor,
-    x: Tensor,
-    du: Tensor,
-    dW: Tensor,
-    B: int,
-    p: Plan,
-    windows: Windows,
-) -> None:
-    """Fills du [B, N, K] and dW [N, K, J, D] on tensor cores, from couplings c `in_tiles`."""
-    N, K, J, D = W.shape
-    p = backward_plan(p, B, W, x)
+def kept_options(u: Tensor, W: Tensor, c: Tensor, p: Plan, windows: Windows) -> dict[str, Any]:
+    """Launch options of du and dW on tensor cores, from couplings c `in_tiles`."""
+    _, K, J, D = W.shape
     precision = split_precision(u, W)
-    options: dict[str, Any] = dict(
+    return dict(
         K=K,
         J=J,
         D=D,
@@ -536,20 +514,55 @@ def kept_backward_dots(
         num_stages=1,
         enable_fp_fusion=False,  # fused, c ds - high needs an instruction more to negate `high`
     )
+
+
+def kept_input_gradient(
+    u: Tensor, W: Tensor, c: Tensor, x: Tensor, du: Tensor, B: int, p: Plan, windows: Windows
+) -> None:
+    """Fills du [B, N, K] from kept couplings."""
+    N, K, J, D = W.shape
+    if c.dim() == 4:
+        p = backward_plan(p, B, W, x)
+        launch(
+            kept_backward_dots_kernel,
+            (triton.cdiv(B, p.block_b), triton.cdiv(N, p.per_slice)),
+            *(W, c, x[0], du, B, N, p.per_slice),
+            BLOCK_B=p.block_b,
+            **kept_options(u, W, c, p, windows),
+        )
+        return
+    # a warp's sums for every k take 64 registers of each thread
+    block_b = max(1, min(8192 // (padded(K) * padded(D) * x.itemsize), padded(B)))
     launch(
-        kept_backward_dots_kernel,
-        (triton.cdiv(B, p.block_b), triton.cdiv(N, p.per_slice)),
-        *(W, c, x[0], du, B, N, p.per_slice),
-        BLOCK_B=p.block_b,
-        **options,
+        kept_backward_kernel,
+        (triton.cdiv(B, block_b) * N,),
+        *(W, c, x[1], du, B, N),
+        KS=tuple(range(K)),
+        J=J,
+        D=D,
+        BLOCK_B=block_b,
+        BLOCK_D=padded(D),
+        ACC=accumulation_type(u, W),
+        WINDOWS=windows,
+        num_warps=1,
     )
+
+
+def kept_weight_gradient(
+    u: Tensor, W: Tensor, c: Tensor, x: Tensor, dW: Tensor, B: int, p: Plan, windows: Windows
+) -> None:
+    """Fills dW [N, K, J, D] from kept couplings."""
+    N, K = W.shape[:2]
+    if c.dim() == 3:
+        weight_gradient(u, W, c, x, dW, (0, N), 1, False, True, windows=windows)
+        return
     together = 2 if K <= 16 else 1  # input capsules, whose sums fit registers
     launch(
         kept_weight_gradient_kernel,
         (triton.cdiv(N, together),),
         *(u, c, x[1], dW, B, N),
         NS=tuple(range(together)),
-        **options,
+        **kept_options(u, W, c, backward_plan(p, B, W, x), windows),
     )
 
 
