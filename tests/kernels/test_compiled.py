@@ -24,8 +24,8 @@ STACK = {"momentum_forward_kernel", "momentum_backward_kernel", "weight_gradient
 
 FINAL = "squash|primary|votes|layer.*rba final"
 PART = [
-    ("80", "float32", f"{FINAL}|windows, 16.*rba final"),
-    ("90", "float32", "layer 1, (sda|rba full)|block layer, (sda|rba full)"),
+    ("80", "float32", FINAL),
+    ("90", "float32", "(layer 1|block layer), (sda|rba full)|windows, 16.*rba final"),
     ("90", "bfloat16", FINAL),
 ]
 WHOLE = [
@@ -35,13 +35,16 @@ WHOLE = [
 ]
 
 
-def most_spills(kernel, mode, architecture):
+def most_spills(kernel, case, architecture):
     """Registers that a kernel may spill in 32 or 16 bits: none, but where 128 for each thread of a
     large program do not suffice."""
     if architecture == "gfx942":
         return 40 if kernel.startswith(("on_chip", "momentum")) else 2
+    mode = case.rpartition(", ")[2]
     if kernel == "on_chip_backward_kernel" and mode == "sda full":
         return 4
+    if kernel == "owned_backward_kernel" and case.startswith("windows"):  # K is 16
+        return 6
     return 40 if kernel == "momentum_backward_kernel" and mode != "rba final" else 0
 
 
@@ -70,8 +73,7 @@ def compile_and_check(architecture, dtype, only, folder):
         assert row["shared"] <= row["shared_limit"], row
         assert row["resident"] >= 1, row
         if dtype != "float64":
-            mode = row["case"].rpartition(", ")[2]
-            assert row["spills"] <= most_spills(row["kernel"], mode, architecture), row
+            assert row["spills"] <= most_spills(row["kernel"], row["case"], architecture), row
     for case in {row["case"] for row in rows if "layer" in row["case"]}:
         kernels = {row["kernel"] for row in rows if row["case"] == case}
         if case.startswith("stack"):
