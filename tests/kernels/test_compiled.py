@@ -43,7 +43,7 @@ def most_spills(kernel, case, architecture):
     mode = case.rpartition(", ")[2]
     if kernel == "on_chip_backward_kernel" and mode == "sda full":
         return 4
-    if kernel == "owned_backward_kernel" and case.startswith("windows"):  # K is 16
+    if kernel == "owned_backward_kernel" and case.startswith("windows") and mode == "sda full":
         return 6
     return 40 if kernel == "momentum_backward_kernel" and mode != "rba final" else 0
 

@@ -13,7 +13,9 @@ from mocapsnet.kernels.conv_routing import chunked, triton
 from mocapsnet.kernels.conv_routing.op import conv_routing_backward, conv_routing_forward
 
 from .test_conv_routing import problem, run
-from .test_triton import MODES, force, poison  # noqa: F401 - a fixture
+from .test_triton import MODES, force
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 SMALL = (2, 3, 3), (2, 2), (2, 2, 3, 2)  # grids, windows, N, K, J, D
 STEPS = dict(stride=(1, 2), padding=(1, 0))  # windows overlap in y, some hang over the border

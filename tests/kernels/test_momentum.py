@@ -15,13 +15,7 @@ MODES = list(itertools.product(["rba", "sda"], ["final", "full"]))  # method, ro
 B, J, D = 3, 5, 3
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Fresh memory is NaN, so an element that nothing writes is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.fixture(params=["chunked", "on chip", "by layers", "on chip, in parts"])
