@@ -201,7 +201,7 @@ def tune_all(args: argparse.Namespace, found: Sequence[Call]) -> None:
     for call in found:
         print(f"tuning {call}", flush=True)
         try:
-            some = dict(islice(candidates(call).items(), args.plans))
+            some = dict(islice(candidates(call, args.device).items(), args.plans))
             done.append(tune(call, some, precision, args.device, args.rounds, clock, end))
         except (RuntimeError, KeyboardInterrupt) as error:  # what was tuned before is kept and told
             trouble = str(error) or "interrupted: the rest was not tuned"

@@ -27,7 +27,7 @@ from . import kept, launch
 from .verification import where
 
 if TYPE_CHECKING:
-    from .routing.triton import Plan
+    from .routing.plans import Plan
 
 OPERATIONS = ("routing", "momentum")
 DIRECTIONS = ("forward", "backward")
@@ -219,14 +219,14 @@ def _entry(record: dict[str, Any]) -> tuple[Problem, Chosen]:
 
 
 def _plan(problem: Problem, fields: dict[str, Any]) -> Plan:
-    from .routing import triton
+    from .routing import plans
 
     for name in ("B", "N", "K", "J", "D"):
         if type(getattr(problem, name)) is not int or getattr(problem, name) < 1:
             raise ValueError(f"{name} is {getattr(problem, name)!r}")
-    plan = triton.Plan(**fields)
+    plan = plans.Plan(**fields)
     wide = torch.float64 in (problem.u, problem.W)
-    static = triton.plan(*problem[2:7], 8 if wide else 4)
+    static = plans.plan(*problem[2:7], 8 if wide else 4, torch.device("meta"))  # for its form
     for name, value, like in zip(plan._fields, plan, static, strict=True):
         fits = type(value) is type(like)
         if type(like) is int:

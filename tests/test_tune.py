@@ -11,9 +11,12 @@ from mocapsnet.benchmarks.shared.calls import Call
 from mocapsnet.benchmarks.shared.plans import STATIC, candidates, static
 from mocapsnet.kernels import explain, tuning, verification
 from mocapsnet.kernels.launch import recording
+from mocapsnet.kernels.routing import plans as routing_plans
 from mocapsnet.kernels.routing import triton as launchers
 from mocapsnet.train.option_values import resolve
 from mocapsnet.train.options import ModelOptions, TrainOptions
+
+CPU = torch.device("cpu")
 
 FLOATS = (torch.float32, torch.float32)
 TINY = Call("routing", (2, 3, 2, 2, 2), 2, "rba", "final", *FLOATS, False)
@@ -81,23 +84,25 @@ def test_the_luckiest_of_many_meets_the_static_plan_again():
 
 
 def test_candidates_of_the_paper_s_layers():
-    found = candidates(LAYER_1)
-    assert next(iter(found)) == STATIC and found[STATIC] == launchers.plan(*LAYER_1.sizes, 4)
+    found = candidates(LAYER_1, CPU)
+    assert next(iter(found)) == STATIC and found[STATIC] == routing_plans.plan(
+        *LAYER_1.sizes, 4, CPU
+    )
     assert found[STATIC].dots and not found["vector units"].dots
     per_slice = found[STATIC].per_slice
     assert found["half the programs"].per_slice == 2 * per_slice
     assert found["twice the programs"].per_slice == per_slice // 2
     assert found["twice the samples"].block_b == 32 and "half the samples" not in found
     hundred = LAYER_1._replace(sizes=(128, 32, 8, 100, 16))
-    assert not static(hundred).on_chip and candidates(hundred)["tensor cores"].dots
+    assert not static(hundred, CPU).on_chip and candidates(hundred, CPU)["tensor cores"].dots
     double = hundred._replace(u=torch.float64, W=torch.float64)
-    assert not any(plan.dots for plan in candidates(double).values())
+    assert not any(plan.dots for plan in candidates(double, CPU).values())
     block = LAYER_1._replace(sizes=(128, 32, 8, 32, 8))
-    assert {plan.num_warps for plan in candidates(block).values()} == {4, 8, 16, 32}
+    assert {plan.num_warps for plan in candidates(block, CPU).values()} == {4, 8, 16, 32}
     for call in (LAYER_1, hundred, block, TINY):
-        some = candidates(call)
+        some = candidates(call, CPU)
         assert 2 <= len(some) <= 8 and len(set(some.values())) == len(some)
-        assert {plan.on_chip for plan in some.values()} == {static(call).on_chip}
+        assert {plan.on_chip for plan in some.values()} == {static(call, CPU).on_chip}
         for plan in some.values():  # a table takes it
             fields = plan._asdict()
             assert tuning._plan(call.problem("forward", "highest"), fields) == plan
@@ -106,9 +111,9 @@ def test_candidates_of_the_paper_s_layers():
 @pytest.mark.parametrize("call", [TINY, STACK], ids=["routing", "momentum"])
 def test_wrong_candidates_are_dropped_and_the_fastest_right_one_is_taken(call, monkeypatch, device):
     """The plan of 2 warps is fastest and does not compile, that of 4 is second and wrong."""
-    tried = {STATIC: static(call)}
+    tried = {STATIC: static(call, CPU)}
     some = (2, 4, 8) if call is TINY else (2, 8)  # fewer, as each takes longer
-    tried |= {f"{n} warps": static(call)._replace(num_warps=n) for n in some}
+    tried |= {f"{n} warps": static(call, CPU)._replace(num_warps=n) for n in some}
     module = launchers if call is TINY else plans.momentum
     forward = module.forward
 
@@ -146,8 +151,8 @@ def test_wrong_candidates_are_dropped_and_the_fastest_right_one_is_taken(call, m
 
 def test_a_plan_that_is_wrong_at_its_true_size_alone_is_dropped(monkeypatch, device):
     call = TINY._replace(sizes=(5, 3, 2, 2, 2))  # the small problem has three samples
-    fast = static(call)._replace(num_warps=8)
-    some = {STATIC: static(call), "fast": fast}
+    fast = static(call, CPU)._replace(num_warps=8)
+    some = {STATIC: static(call, CPU), "fast": fast}
     backward = launchers.backward
 
     def broken(g, u, *args):
@@ -164,7 +169,7 @@ def test_a_plan_that_is_wrong_at_its_true_size_alone_is_dropped(monkeypatch, dev
 
 
 def test_what_is_chosen_for_the_two_directions_is_tried_together(monkeypatch, device):
-    other = {STATIC: static(TINY), "fast": static(TINY)._replace(num_warps=8)}
+    other = {STATIC: static(TINY, CPU), "fast": static(TINY, CPU)._replace(num_warps=8)}
     asked = []
 
     def judged(self, p, q):
@@ -192,9 +197,9 @@ def test_what_is_chosen_for_the_two_directions_is_tried_together(monkeypatch, de
 def test_after_its_time_no_further_plan_is_tried(device, monkeypatch):
     monkeypatch.setattr(plans.Judge, "verdict", lambda self, p, q: "")
     clock = FakeClock(lambda name, now: 1.0)
-    done = tuner.tune(TINY, candidates(TINY), "highest", device, 1, clock, end=0.0)
+    done = tuner.tune(TINY, candidates(TINY, CPU), "highest", device, 1, clock, end=0.0)
     assert set(done.dropped.values()) == {"not tried: no time was left"}
-    assert set(done.dropped) == set(candidates(TINY)) - {STATIC}
+    assert set(done.dropped) == set(candidates(TINY, CPU)) - {STATIC}
     assert {choice.name for choice in done.choices.values()} == {STATIC}
 
 
@@ -202,7 +207,7 @@ def test_a_lost_gpu_ends_it(monkeypatch, device):
     monkeypatch.setattr(plans.Judge, "verdict", lambda self, p, q: 1 / 0)
     monkeypatch.setattr(tuner, "usable", lambda device: False)
     with pytest.raises(RuntimeError, match=r"lost the GPU at routing \(2, .* ZeroDivisionError"):
-        tuner.tune(TINY, candidates(TINY), "highest", device, 1, FakeClock({}))
+        tuner.tune(TINY, candidates(TINY, CPU), "highest", device, 1, FakeClock({}))
 
 
 def test_events_stand_around_each_call_and_the_cache_is_swept_before(monkeypatch):
@@ -283,7 +288,7 @@ def test_the_command_writes_a_table_that_launchers_take(on_a_gpu, monkeypatch, c
     assert told.plans == f"forward tuned, backward tuned, by {file}"
     assert "num_warps=4" in told.forward[0]
     rows = (tmp_path / "results" / "tune.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * len(candidates(TINY))
+    assert len(rows) == 1 + 2 * len(candidates(TINY, CPU))
     settings = json.loads((tmp_path / "results" / "tune.json").read_text())["settings"]
     assert "table" not in settings and settings["rounds"] == 1
 

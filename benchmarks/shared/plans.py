@@ -18,30 +18,31 @@ from mocapsnet.kernels.momentum import cases as momentum_cases
 from mocapsnet.kernels.momentum import chunked as momentum_chunked
 from mocapsnet.kernels.momentum import triton as momentum
 from mocapsnet.kernels.routing import cases as routing_cases
-from mocapsnet.kernels.routing import chunked
+from mocapsnet.kernels.routing import chunked, plans
 from mocapsnet.kernels.routing import triton as routing
-from mocapsnet.kernels.routing.triton import Plan
+from mocapsnet.kernels.routing.plans import Plan
 
 from .calls import Call
 
 STATIC = "static"
 
 
-def static(call: Call) -> Plan:
-    return routing.plan(*call.sizes, 8 if torch.float64 in (call.u, call.W) else 4)
+def static(call: Call, device: torch.device) -> Plan:
+    return plans.plan(*call.sizes, 8 if torch.float64 in (call.u, call.W) else 4, device)
 
 
 def by_layers(call: Call) -> Call:
     """A stack whose samples do not fit a program is launched layer by layer, as `routing`."""
-    if call.operation == "momentum" and not static(call).on_chip:
+    _, N, _, J, D = call.sizes
+    if call.operation == "momentum" and not plans.fits_on_chip(N, J, D):
         return call._replace(operation="routing", stack=None)
     return call
 
 
-def candidates(call: Call) -> dict[str, Plan]:
+def candidates(call: Call, device: torch.device) -> dict[str, Plan]:
     """Plans by how they differ from the static one, which comes first; all of its form."""
     B, N, K, J, D = call.sizes
-    p = static(call)
+    p = static(call, device)
     found = {
         "half the warps": p._replace(num_warps=p.num_warps // 2),
         "twice the warps": p._replace(num_warps=2 * p.num_warps),
@@ -58,11 +59,9 @@ def candidates(call: Call) -> dict[str, Plan]:
         found["half the samples"] = p._replace(block_b=p.block_b // 2)
         found["twice the samples"] = p._replace(block_b=min(2 * p.block_b, padded(B)))
         if p.dots:
-            found["vector units"] = routing.vector_plan(B, N, J, D, 4)
+            found["vector units"] = plans.vector_plan(B, N, J, D, 4, device)
         elif torch.float64 not in (call.u, call.W) and K <= 32:
-            slices = max(1, min(N, routing.DOT_PROGRAMS // -(-B // 16)))
-            warps = min(max(padded(J) * padded(D) // 64, 1), 8)
-            found["tensor cores"] = Plan(False, 16, -(-N // slices), warps, True)
+            found["tensor cores"] = plans.dot_plan(B, N, J, D, device)
     distinct = {STATIC: p}
     for name, plan in found.items():
         if possible(plan, call) and plan not in distinct.values():
@@ -142,7 +141,7 @@ def launchers(call: Call, device: torch.device) -> Launchers:
     wide_weights, wide_biases = ([x.double() for x in these] for these in (weights, biases))
     if call.operation == "momentum":
         v, plan = torch.zeros_like(u), call.schedule()
-        anchors = momentum.forward(u, v, weights, biases, plan, R, method, static(call))[1]
+        anchors = momentum.forward(u, v, weights, biases, plan, R, method, static(call, device))[1]
 
         def momentum_truth() -> list[Tensor]:
             both = wide_weights, wide_biases
@@ -159,7 +158,7 @@ def launchers(call: Call, device: torch.device) -> Launchers:
         )
     W, bias = weights[0], biases[0] if biases else None
     keep = (method, grad) == ("rba", "final") and R > 1
-    v, s, kept = routing.forward(u, W, bias, R, method, keep, static(call))
+    v, s, kept = routing.forward(u, W, bias, R, method, keep, static(call, device))
 
     def routing_truth() -> list[Tensor]:
         wide_u, wide_W = u.double(), wide_weights[0]

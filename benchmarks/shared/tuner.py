@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mocapsnet.kernels.routing.triton import Plan
+from mocapsnet.kernels.routing.plans import Plan
 from mocapsnet.kernels.tuning import DIRECTIONS, Chosen, Problem
 from mocapsnet.kernels.verification import usable
 from mocapsnet.train import graph

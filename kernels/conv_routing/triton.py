@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..launch import accumulation_dtype
-from ..routing import chunked
+from ..routing import chunked, plans
 from ..routing import triton as routing
 from .windows import Windows
 
@@ -31,15 +31,15 @@ def kept_shape(u: Tensor, W: Tensor, steps: tuple[int, ...], keep: bool) -> tupl
         return (0,)
     B = math.prod(shape[2:])
     K, J, D = W.shape[3:]
-    if routing.streamed_plan(B, shape[0], K, J, D, itemsize).dots:
+    if plans.fits_tensor_cores(K, J, D, itemsize):
         return routing.in_tiles(shape[0], J, B)
     return shape
 
 
-def planned(W: Tensor, s: Tensor) -> routing.Plan:
+def planned(W: Tensor, s: Tensor) -> plans.Plan:
     """The plan for weights W [N, K, J, D] of whole windows, or of a place, and their sums s."""
     N, K, J, D = W.shape
-    return routing.streamed_plan(s[0].numel() // (J * D), N, K, J, D, s.itemsize)
+    return plans.streamed_plan(s[0].numel() // (J * D), N, K, J, D, s.itemsize, s.device)
 
 
 def with_padding(u: Tensor, windows: Windows) -> Tensor:

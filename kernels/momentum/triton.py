@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..launch import accumulation_type, launch, padded
+from ..routing import plans
 from ..routing import triton as routing
 from ..routing.reference import distance_scale
 from ..routing.weight_gradient import weight_gradient
@@ -26,13 +27,13 @@ TERMS_BYTES = 8 << 20
 
 def on_chip(
     x: Tensor, W: Tensor, direction: str, iterations: int, method: str, routing_grad: str = ""
-) -> routing.Plan | None:
+) -> plans.Plan | None:
     """The plan for the on-chip form, or None if a sample's votes are too many.
 
     For x [B, J, D] and the W of a layer, and a direction, see `tuning.Problem`.
     """
     modes = iterations, method, routing_grad
-    plan = routing.chosen(x, W, direction, *modes, operation="momentum")
+    plan = plans.chosen(x, W, direction, *modes, operation="momentum")
     return plan if plan.on_chip and len(x) else None
 
 
@@ -67,7 +68,7 @@ def forward(
     schedule: Schedule,
     iterations: int,
     method: str,
-    plan: routing.Plan | None = None,
+    plan: plans.Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [B, J, D] after the last layer, and the anchors [A, 2, B, J, D].
 
@@ -107,7 +108,7 @@ def backward(
     iterations: int,
     method: str,
     routing_grad: str,
-    plan: routing.Plan | None = None,
+    plan: plans.Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dv [B, J, D] before the first layer, dW [L, J, D, J, D] and dbias [L, J, D] or [0]."""
     dx, weights = dx.to(anchors.dtype).contiguous(), [W.contiguous() for W in weights]

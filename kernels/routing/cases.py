@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cases import Case
-from . import chunked, direct, reference
+from . import chunked, direct, plans, reference
 
 R = 3
 FINAL, MODES = (
@@ -80,16 +80,16 @@ def cases() -> Iterator[Case]:
     yield case("on chip", small, triton, FINAL, torch.float16)
     yield case("on chip", small, triton, FINAL, precision="high")
 
-    def streamed(sizes: tuple[int, int, int, int, int]) -> triton.Plan:
+    def streamed(sizes: tuple[int, int, int, int, int]) -> plans.Plan:
         B, N, _, J, D = sizes
-        return triton.vector_plan(B, N, J, D, 4)._replace(per_slice=3)
+        return plans.vector_plan(B, N, J, D, 4, torch.device("meta"))._replace(per_slice=3)
 
     yield case("streamed, long rows", long, triton, FINAL, p=streamed(long))
     yield case("streamed, nothing kept", wide, triton, FINAL, keep=False, p=streamed(wide))
     for mode in MODES[1:]:
         yield case("streamed", wide, triton, mode, p=streamed(wide))
 
-    dots = triton.Plan(on_chip=False, block_b=16, per_slice=3, num_warps=4, dots=True)
+    dots = plans.Plan(on_chip=False, block_b=16, per_slice=3, num_warps=4, dots=True)
     for mode in MODES:
         yield case("tensor cores", wide, triton, mode, p=dots)
     yield case("tensor cores, nothing kept", wide, triton, FINAL, keep=False, p=dots)

@@ -1,18 +1,18 @@
 """Launches the Triton kernels of routing, in the form that suits a problem."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .. import tuning
 from ..launch import accumulation_dtype, accumulation_type, launch, padded, split_precision
-from . import chunked
+from . import chunked, plans
 from .dot_sums import dot_sum_kernel, first_sum_kernel
 from .kept import kept_backward_dots_kernel, kept_weight_gradient_kernel
 from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
 from .owned import owned_backward_kernel
+from .plans import Plan
 from .reference import distance_scale
 from .streamed import (
     kept_backward_kernel,
@@ -23,98 +23,11 @@ from .streamed import (
 )
 from .weight_gradient import weight_gradient
 
-ON_CHIP_VOTES = 16384
-"""Votes of one sample, sides padded to powers of two, that one program holds in registers."""
-
-STREAM_PROGRAMS = 2112
-"""Programs that a streamed pass is cut into: 16 for each multiprocessor of an H100."""
-
-DOT_SIZES = (4,)
-"""Bytes of the numbers that are multiplied on tensor cores: float64 takes the vector units."""
-
-DOT_K = range(5, 33)
-"""Input dimensions that make votes on tensor cores pay: these take K in eights."""
-
-DOT_COLUMNS = range(32, 513)
-"""Numbers [J, D] of a row, sides padded, of which a tile of 16 samples fits registers."""
-
-OWNED_COLUMNS = 512
-"""Numbers [J, D] of a row, J padded to eights, of which backward on tensor cores fits registers."""
-
-OWNED_K = 16
-"""The largest input dimension of which it does."""
-
-OWNED_PROGRAMS = 264
-"""Programs that it is cut into, if the batch allows: 2 for each multiprocessor of an H100."""
-
-DOT_PROGRAMS = 396
-"""Programs of a streamed pass with votes on tensor cores: 3 for each multiprocessor of an H100,
-which are as many as fit."""
-
 TERMS_BYTES = 64 << 20
 """Numbers a that streamed backward holds at a time."""
 
-
 Windows = tuple[int, ...] | None
 """The option WINDOWS of kernels, see `tile.py`."""
-
-
-class Plan(NamedTuple):
-    """How a problem is cut into programs; a pure function of its shapes and dtype."""
-
-    on_chip: bool
-    block_b: int
-    """Samples of a program."""
-    per_slice: int
-    """Input capsules of a program."""
-    num_warps: int
-    dots: bool
-    """Whether votes are made on tensor cores."""
-
-
-def plan(B: int, N: int, K: int, J: int, D: int, itemsize: int) -> Plan:
-    """The plan for a problem whose accumulation dtype has `itemsize` bytes.
-
-    A streamed tile with votes on tensor cores has 64 columns [J, D] for each warp. Another belongs
-    to one warp if that can hold it, 4 KB: then it needs no shared memory and no barriers, and
-    Triton lays its rows of D out so that loads are wide and sums short.
-    """
-    row = padded(J) * padded(D) * itemsize
-    if padded(N) * row <= ON_CHIP_VOTES * itemsize:
-        return Plan(True, 1, N, min(max(padded(N) * row // 2048, 1), 16), False)
-    return streamed_plan(B, N, K, J, D, itemsize)
-
-
-def streamed_plan(B: int, N: int, K: int, J: int, D: int, itemsize: int) -> Plan:
-    """The plan of the streamed form."""
-    columns = max(padded(J), 8) * padded(D)
-    fits = padded(J) * padded(D) in DOT_COLUMNS and columns <= DOT_COLUMNS[-1]
-    if itemsize in DOT_SIZES and K in DOT_K and fits:
-        slices = max(1, min(N, DOT_PROGRAMS // triton.cdiv(max(B, 1), 16)))
-        return Plan(False, 16, triton.cdiv(N, slices), min(max(columns // 64, 1), 8), True)
-    return vector_plan(B, N, J, D, itemsize)
-
-
-def vector_plan(B: int, N: int, J: int, D: int, itemsize: int) -> Plan:
-    """The streamed plan without tensor cores."""
-    row = padded(J) * padded(D) * itemsize
-    block_b = max(1, min(16, 4096 // row, padded(B)))
-    slices = max(1, min(N, STREAM_PROGRAMS // triton.cdiv(max(B, 1), block_b)))
-    num_warps = 1 if row <= 4096 else min(row // 2048, 16)
-    return Plan(False, block_b, triton.cdiv(N, slices), num_warps, False)
-
-
-def registers(p: Plan, K: int, sda: bool, full: bool) -> dict[str, int]:
-    """Launch option of streamed kernels: how many registers a thread may take.
-
-    Unasked, ptxas fits in one more program where it can, and spills one to four registers for it;
-    or, on tensor cores, takes a few that keep a third program out.
-    """
-    if p.dots and p.num_warps == 4 and K <= 8 and not (sda or full):
-        return {"maxnreg": 168}
-    if p.dots or not (sda or p.num_warps > 1):
-        return {}
-    return {"maxnreg": 255 if sda or full else 168}
 
 
 def sum_kernel(
@@ -134,7 +47,7 @@ def sum_kernel(
         WINDOWS=windows,
         num_warps=p.num_warps,
         num_stages=1,
-        **registers(p, K, sda, full),
+        **plans.registers(p, K, sda, full),
     )
     if not p.dots:
         return streamed_sum_kernel, options | dict(BLOCK_J=padded(J))
@@ -146,40 +59,15 @@ def sum_kernel(
     )
 
 
-def planned(u: Tensor, W: Tensor) -> Plan:
-    """The static plan for u and W."""
-    (B, N, K), (J, D) = u.shape, W.shape[2:]
-    return plan(B, N, K, J, D, accumulation_dtype(u, W).itemsize)
-
-
-def chosen(
-    u: Tensor,
-    W: Tensor,
-    direction: str,
-    iterations: int,
-    method: str,
-    routing_grad: str = "",
-    operation: str = "routing",
-) -> Plan:
-    """The plan for one direction: that of the GPU's table if it has the problem, else the static
-    one. See `tuning.Problem` for the arguments."""
-    plans = tuning.table(u.device).plans
-    if plans:
-        modes = iterations, method, routing_grad, operation
-        found = plans.get(tuning.problem_of(u, W, direction, *modes))
-        if found is not None and found.plan is not None:
-            return found.plan
-    return planned(u, W)
-
-
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
     """Shape of the couplings that the streamed forward keeps; (0,) if it keeps none.
 
     They are [N, J, B], or where the static plan, whichever is chosen, has tensor cores, `in_tiles`.
     """
-    p = planned(u, W)
-    shape = chunked.kept_shape(u, W, keep and not p.on_chip)
-    return in_tiles(*shape) if len(shape) == 3 and p.dots else shape
+    N, K, J, D = W.shape
+    shape = chunked.kept_shape(u, W, keep and not plans.fits_on_chip(N, J, D))
+    dots = plans.fits_tensor_cores(K, J, D, accumulation_dtype(u, W).itemsize)
+    return in_tiles(*shape) if len(shape) == 3 and dots else shape
 
 
 def in_tiles(N: int, J: int, B: int) -> tuple[int, ...]:
@@ -202,7 +90,7 @@ def forward(
     By the plan `p` if one is given, of the form that the static plan has.
     """
     u, W = u.contiguous(), W.contiguous()
-    p = p or chosen(u, W, "forward", iterations, method)
+    p = p or plans.chosen(u, W, "forward", iterations, method)
     B, N, K = u.shape
     J, D = W.shape[2:]
     v = u.new_empty(B, J, D, dtype=torch.promote_types(u.dtype, W.dtype))
@@ -260,7 +148,7 @@ def streamed_forward(
     partial = s.new_empty(slices, B, J, D)
     V = torch.empty_like(s[0])
     for r in range(R):
-        if r == 0 and not sda and s.itemsize in DOT_SIZES:
+        if r == 0 and not sda and s.itemsize in plans.DOT_SIZES:
             block_b, block_jd = 32, min(max(padded(J) * padded(D), 16), 128)
             launch(
                 first_sum_kernel,
@@ -320,7 +208,7 @@ def backward(
     du, dW = torch.empty_like(u), torch.empty_like(W)
     if B == 0:
         return du, dW.zero_(), s.new_zeros(J, D) if with_bias else s.new_empty(0)
-    p = p or chosen(u, W, "backward", R, method, routing_grad)
+    p = p or plans.chosen(u, W, "backward", R, method, routing_grad)
     sda, full = method == "sda", routing_grad == "full"
     if p.on_chip:
         x = on_chip_backward(dv, u, W, s, du, dW, sda, full, p)
@@ -402,13 +290,13 @@ def streamed_backward(
         kept_input_gradient(u, W, kept, x, du, B, p, windows)
         kept_weight_gradient(u, W, kept, x, dW, B, p, windows)
         return
-    if owned(p, K, J, D):
+    if plans.fits_owned(p, K, J, D):
         owned_backward(u, W, x, du, dW, R, sda, full, windows)
         return
     terms = terms_of(R, full)
     step = max(1, min(N, TERMS_BYTES // ((terms + sda) * B * J * x.itemsize)))
     a = x.new_empty((terms + sda) * B * step * J)
-    p = vector_plan(B, N, J, D, x.itemsize) if p.dots else p
+    p = plans.vector_plan(B, N, J, D, x.itemsize, x.device) if p.dots else p
     # all of sda's gradient at once needs more registers than a whole tile leaves
     block_b = max(1, p.block_b // 2) if sda and full else p.block_b
     for begin in range(0, N, step):
@@ -431,14 +319,9 @@ def streamed_backward(
             ACC=accumulation_type(u, W),
             WINDOWS=windows,
             num_warps=p.num_warps,
-            **registers(p, K, sda, full),
+            **plans.registers(p, K, sda, full),
         )
         weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, windows=windows)
-
-
-def owned(p: Plan, K: int, J: int, D: int) -> bool:
-    """Whether backward without kept couplings runs on tensor cores."""
-    return p.dots and K <= OWNED_K and max(padded(J), 8) * padded(D) <= OWNED_COLUMNS
 
 
 def owned_backward(
@@ -457,7 +340,8 @@ def owned_backward(
     block_j, block_d = max(padded(J), 8), padded(D)
     warps = max(block_j * block_d // 64, 1)
     tiles = triton.cdiv(B, 16)
-    tiles_of_part = triton.cdiv(tiles, triton.cdiv(OWNED_PROGRAMS, N))
+    programs = plans.OWNED_PROGRAMS * plans.multiprocessors_of(u.device)
+    tiles_of_part = triton.cdiv(tiles, triton.cdiv(programs, N))
     parts = triton.cdiv(tiles, tiles_of_part)
     sums = dW if parts == 1 else x.new_empty(parts, *W.shape)
     precision = split_precision(u, W)
@@ -491,7 +375,7 @@ def owned_backward(
 def backward_plan(p: Plan, B: int, W: Tensor, s: Tensor) -> Plan:
     """The plan p if it has tensor cores, else the static one, for couplings that lie for them."""
     N, K, J, D = W.shape
-    return p if p.dots else streamed_plan(B, N, K, J, D, s.itemsize)
+    return p if p.dots else plans.dot_plan(B, N, J, D, s.device)
 
 
 def kept_options(u: Tensor, W: Tensor, c: Tensor, p: Plan, windows: Windows) -> dict[str, Any]:

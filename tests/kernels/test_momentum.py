@@ -24,7 +24,7 @@ def backend(request, monkeypatch):
     if request.param == "chunked":
         return "chunked"
     if request.param == "by layers":
-        monkeypatch.setattr(momentum_kernels.routing, "ON_CHIP_VOTES", 0)
+        monkeypatch.setattr(momentum_kernels.plans, "ON_CHIP_VOTES", 0)
         monkeypatch.setattr(momentum_kernels, "momentum_forward_kernel", None)
         monkeypatch.setattr(momentum_kernels, "momentum_backward_kernel", None)
     else:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mocapsnet.kernels import explain, launch, primary_capsules, routing, squash, votes
 from mocapsnet.kernels.primary.op import primary_backward, primary_forward
-from mocapsnet.kernels.routing import chunked
+from mocapsnet.kernels.routing import chunked, plans
 from mocapsnet.kernels.routing import op as routing_op
 from mocapsnet.kernels.routing import triton as routing_kernels
 from mocapsnet.kernels.routing.op import routing_backward, routing_forward
@@ -40,18 +40,19 @@ def force(form, monkeypatch):
     """
     broken = ["on_chip_forward_kernel", "on_chip_backward_kernel"]
     dots = form == "tensor cores"
-    monkeypatch.setattr(routing_kernels, "DOT_SIZES", (4, 8) if dots else ())
-    monkeypatch.setattr(routing_kernels, "DOT_K", range(1, 33))
-    monkeypatch.setattr(routing_kernels, "DOT_COLUMNS", range(8, 513))
-    monkeypatch.setattr(routing_kernels, "DOT_PROGRAMS", 3)
-    monkeypatch.setattr(routing_kernels, "OWNED_PROGRAMS", 3)  # several tiles of samples each
+    monkeypatch.setattr(plans, "DOT_SIZES", (4, 8) if dots else ())
+    monkeypatch.setattr(plans, "DOT_K", range(1, 33))
+    monkeypatch.setattr(plans, "DOT_COLUMNS", range(8, 513))
+    monkeypatch.setattr(plans, "multiprocessors_of", lambda device: 1)
+    monkeypatch.setattr(plans, "DOT_PROGRAMS", 3)
+    monkeypatch.setattr(plans, "OWNED_PROGRAMS", 3)  # several tiles of samples each
     if form == "on chip":
         broken = ["streamed_sum_kernel", "streamed_backward_kernel", "kept_backward_kernel"]
         broken.append("dot_sum_kernel")
         broken += ["kept_backward_dots_kernel", "owned_backward_kernel"]
     else:
-        monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
-        monkeypatch.setattr(routing_kernels, "STREAM_PROGRAMS", 3)  # several input capsules each
+        monkeypatch.setattr(plans, "ON_CHIP_VOTES", 0)
+        monkeypatch.setattr(plans, "STREAM_PROGRAMS", 3)  # several input capsules each
         broken.append("streamed_backward_kernel" if dots else "owned_backward_kernel")
     if form == "streamed in parts":
         broken.append("kept_backward_kernel")
@@ -69,8 +70,8 @@ def form(request, monkeypatch):
 
 def test_a_tile_of_samples_is_a_power_of_two_whatever_K_is(device, monkeypatch):
     """K = 6 would fit ten of 17 samples with 32 components of kept sums."""
-    monkeypatch.setattr(routing_kernels, "ON_CHIP_VOTES", 0)
-    monkeypatch.setattr(routing_kernels, "DOT_SIZES", ())
+    monkeypatch.setattr(plans, "ON_CHIP_VOTES", 0)
+    monkeypatch.setattr(plans, "DOT_SIZES", ())
     u, W, g = tensors(device, torch.float32, (17, 2, 6), (2, 6, 2, 17), (17, 2, 17))
     with launch.recording() as launches:
         run(routing, (u, W), g, backend="triton")
@@ -306,7 +307,7 @@ def test_any_shape_and_values(mode, form, device, data):
     )  # beyond, full gradients are all rounding
     u, W, bias, g = tensors(device, torch.float64, (B, N, K), (N, K, J, D), (J, D), (B, J, D))
     if form == "tensor cores":  # the smallest fill no tile and take other kernels
-        assume(routing_kernels.planned(u, W).dots)
+        assume(plans.planned(u, W).dots)
     u, bias = u * data.draw(scales), bias * data.draw(scales)
     if data.draw(st.booleans()):
         u[:, ::2] = 0
@@ -405,14 +406,16 @@ def test_dots_follow_the_matmul_precision(precision, dots, form, device):
 
 def test_the_form_follows_from_shapes():
     def plan(*sizes):
-        return routing_kernels.plan(128, *sizes, 4)
+        return plans.plan(128, *sizes, 4, device)
+
+    device = torch.device("meta")
 
     assert plan(32, 8, 32, 8).on_chip  # block layer
     assert plan(32, 8, 10, 16).on_chip  # layer 2, 10 classes
     assert plan(32, 8, 100, 16) == (False, 1, 2, 4, False)  # layer 2, 100 classes: rows too long
     assert plan(1152, 8, 32, 8) == (False, 16, 24, 4, True)  # layer 1
     assert plan(1152, 4, 32, 8) == (False, 4, 18, 1, False)  # half of each product would be padding
-    assert not routing_kernels.plan(128, 1152, 8, 32, 8, 8).dots  # float64
+    assert not plans.plan(128, 1152, 8, 32, 8, 8, device).dots  # float64
 
 
 def test_explain_says_where_gradients_are_made():

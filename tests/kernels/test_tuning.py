@@ -10,6 +10,7 @@ from mocapsnet.kernels import explain, routing, tuning, verification
 from mocapsnet.kernels.launch import recording
 from mocapsnet.kernels.momentum import triton as momentum
 from mocapsnet.kernels.momentum.schedule import schedule
+from mocapsnet.kernels.routing import plans
 from mocapsnet.kernels.routing import triton as launchers
 
 B, N, K, J, D = 3, 5, 3, 4, 2
@@ -58,7 +59,7 @@ def warps(run):
 
 def test_launchers_take_their_plans_from_the_table(device, place):
     u, W = tensors(device)
-    static = launchers.planned(u, W)
+    static = plans.planned(u, W)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that there is none is nothing to warn of
         assert warps(lambda: launchers.forward(u, W, None, 3, "rba", False)) == [static.num_warps]
@@ -94,21 +95,21 @@ def test_launchers_take_their_plans_from_the_table(device, place):
 )
 def test_other_problems_keep_the_static_plan(other, device, place):
     u, W = tensors(device)
-    keep(place, {problem(u, W): launchers.planned(u, W)._replace(num_warps=8)})
+    keep(place, {problem(u, W): plans.planned(u, W)._replace(num_warps=8)})
     u, W = other(u, W)
-    assert launchers.chosen(u, W, "forward", 3, "rba") == launchers.planned(u, W)
+    assert plans.chosen(u, W, "forward", 3, "rba") == plans.planned(u, W)
     assert explain(u, W, backend="triton").plans.startswith("forward not tuned, backward not tuned")
 
 
 def test_iterations_method_and_precision_are_of_a_problem(device, place):
     u, W = tensors(device)
-    keep(place, {problem(u, W): launchers.planned(u, W)._replace(num_warps=8)})
-    assert launchers.chosen(u, W, "forward", 3, "rba").num_warps == 8
+    keep(place, {problem(u, W): plans.planned(u, W)._replace(num_warps=8)})
+    assert plans.chosen(u, W, "forward", 3, "rba").num_warps == 8
     for modes in ((2, "rba"), (3, "sda")):
-        assert launchers.chosen(u, W, "forward", *modes).num_warps != 8
+        assert plans.chosen(u, W, "forward", *modes).num_warps != 8
     torch.set_float32_matmul_precision("high")
     try:
-        assert launchers.chosen(u, W, "forward", 3, "rba").num_warps != 8
+        assert plans.chosen(u, W, "forward", 3, "rba").num_warps != 8
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -116,7 +117,7 @@ def test_iterations_method_and_precision_are_of_a_problem(device, place):
 def test_stacks_have_plans_of_their_own(device, place):
     x, _ = tensors(device, (B, J, D, J, D))
     weights = [tensors(device, (B, J, D, J, D))[1] for _ in range(2)]
-    plan = launchers.planned(x, weights[0])
+    plan = plans.planned(x, weights[0])
     forward, backward = plan._replace(num_warps=2), plan._replace(num_warps=4)
     key = problem(x, weights[0], operation="momentum")
     keep(
@@ -136,9 +137,9 @@ def test_stacks_have_plans_of_their_own(device, place):
 
 
 def test_a_streamed_plan_of_the_table_computes_the_same(device, place, monkeypatch):
-    monkeypatch.setattr(launchers, "ON_CHIP_VOTES", 0)
+    monkeypatch.setattr(plans, "ON_CHIP_VOTES", 0)
     u, W = (x.requires_grad_() for x in tensors(device))
-    static = launchers.planned(u, W)
+    static = plans.planned(u, W)
     assert not static.on_chip
 
     def results():
@@ -158,7 +159,7 @@ def test_a_streamed_plan_of_the_table_computes_the_same(device, place, monkeypat
 
 def test_the_table_is_read_once_and_is_readable(device, place, monkeypatch):
     u, W = tensors(device)
-    plan = launchers.planned(u, W)._replace(num_warps=8)
+    plan = plans.planned(u, W)._replace(num_warps=8)
     file = keep(place, {problem(u, W): plan, problem(u, W, "backward", "full"): None})
     content = json.loads(file.read_text())
     assert content["where"] == place and content["margin"] == 0.03
@@ -170,7 +171,7 @@ def test_the_table_is_read_once_and_is_readable(device, place, monkeypatch):
     reads, read = [], tuning.read
     monkeypatch.setattr(tuning, "read", lambda device: reads.append(device) or read(device))
     for _ in range(3):
-        assert launchers.chosen(u, W, "forward", 3, "rba").num_warps == 8
+        assert plans.chosen(u, W, "forward", 3, "rba").num_warps == 8
     assert explain(u, W, routing_grad="full", backend="triton").plans.startswith(
         "forward tuned, backward tuned, the static one"
     )
@@ -179,19 +180,19 @@ def test_the_table_is_read_once_and_is_readable(device, place, monkeypatch):
 
 def test_the_environment_says_which_table(device, place, monkeypatch, tmp_path):
     u, W = tensors(device)
-    file = keep(place, {problem(u, W): launchers.planned(u, W)._replace(num_warps=8)})
+    file = keep(place, {problem(u, W): plans.planned(u, W)._replace(num_warps=8)})
     monkeypatch.setenv("MOCAPSNET_TUNED", "0")
     assert explain(u, W, backend="triton").plans == "static, MOCAPSNET_TUNED=0"
-    assert launchers.chosen(u, W, "forward", 3, "rba") == launchers.planned(u, W)
+    assert plans.chosen(u, W, "forward", 3, "rba") == plans.planned(u, W)
     other = tmp_path / "mine.json"
     other.write_text(file.read_text().replace('"num_warps": 8', '"num_warps": 16'))
     monkeypatch.setenv("MOCAPSNET_TUNED", str(other))
     tuning.forget()
-    assert launchers.chosen(u, W, "forward", 3, "rba").num_warps == 16
+    assert plans.chosen(u, W, "forward", 3, "rba").num_warps == 16
     monkeypatch.setenv("MOCAPSNET_TUNED", str(tmp_path / "none"))
     tuning.forget()
     with pytest.warns(RuntimeWarning, match="none cannot be read"):
-        assert launchers.chosen(u, W, "forward", 3, "rba") == launchers.planned(u, W)
+        assert plans.chosen(u, W, "forward", 3, "rba") == plans.planned(u, W)
 
 
 @pytest.mark.parametrize(
@@ -216,16 +217,16 @@ def test_the_environment_says_which_table(device, place, monkeypatch, tmp_path):
 )
 def test_a_damaged_or_foreign_table_is_told_once_and_not_used(damage, said, device, place):
     u, W = tensors(device)
-    file = keep(place, {problem(u, W): launchers.planned(u, W)._replace(num_warps=8)})
+    file = keep(place, {problem(u, W): plans.planned(u, W)._replace(num_warps=8)})
     whole = file.read_text()
     assert damage(whole) != whole
     file.write_text(damage(whole))
     with pytest.warns(RuntimeWarning, match="mocapsnet benchmark tune") as warned:
-        assert launchers.chosen(u, W, "forward", 3, "rba") == launchers.planned(u, W)
+        assert plans.chosen(u, W, "forward", 3, "rba") == plans.planned(u, W)
     assert said in str(warned[0].message) and str(file) in str(warned[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert launchers.chosen(u, W, "forward", 3, "rba") == launchers.planned(u, W)
+        assert plans.chosen(u, W, "forward", 3, "rba") == plans.planned(u, W)
     assert explain(u, W, backend="triton").plans.startswith("static, ")
 
 

@@ -10,7 +10,7 @@ from mocapsnet import cli, doctor
 from mocapsnet.kernels import tuning, verification
 from mocapsnet.kernels.momentum import cases as momentum_cases
 from mocapsnet.kernels.routing import cases as routing_cases
-from mocapsnet.kernels.routing import triton as launchers
+from mocapsnet.kernels.routing import plans
 from mocapsnet.kernels.squash import triton as squash_kernels
 
 
@@ -121,7 +121,7 @@ def test_the_table_of_a_gpu_is_told(capsys, monkeypatch, device):
 
     u, W = torch.empty(3, 5, 4), torch.empty(5, 4, 4, 2)
     key = tuning.problem_of(u, W, "forward", 3, "rba", "", "routing")
-    plan = launchers.planned(u, W)._replace(num_warps=8)
+    plan = plans.planned(u, W)._replace(num_warps=8)
     place = verification.where(torch.device("cpu"))
     file = tuning.file_of(place)
     static = key._replace(direction="backward", routing_grad="final", u=torch.bfloat16)
