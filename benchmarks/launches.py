@@ -38,7 +38,7 @@ CASES = (
 TOGETHER = 10
 """Launches of one graph: a single one is over before its events are."""
 
-PREDICT = "from mocapsnet.benchmarks import launches; launches.predict({!r}, {!r}, {!r})"
+PREDICT = "from mocapsnet.benchmarks import launches; launches.predict({!r}, {!r}, {!r}, {!r})"
 WAIT = 180
 """Seconds for all predictions."""
 
@@ -73,21 +73,25 @@ def repeat(launch: Launch, times: int) -> None:
         run(launch)
 
 
-def predict(architecture: str, labels: Sequence[str], shrink: int) -> None:
-    """Prints what is predicted for every launch of these cases, as JSON."""
+def predict(
+    architecture: str, labels: Sequence[str], shrink: int, multiprocessors: int | None
+) -> None:
+    """Prints what is predicted for every launch of these cases, ten in a row, as JSON.
+
+    They are cut into programs for a GPU of so many multiprocessors; None: for the one whose rates
+    are known.
+    """
     from .shared.compiled import compile_for
     from .shared.prediction import row_of
-    from .static import cases
+    from .static import cases, l2_of, planned_for
 
     compile_for(architecture)
     all_of = cases(torch.float32, shrink=shrink)
     for label in labels:
-        with recording() as launches:
-            all_of[label]()
-        for launch in launches:
+        for launch in planned_for(architecture, all_of[label], multiprocessors):
             row = {"case": label, "kernel": launch.kernel.__name__, "grid": list(launch.grid)}
             try:
-                made = row_of(launch, architecture)
+                made = row_of(launch, architecture, l2_of(architecture, repeated=True))
                 row |= {name: made[name] for name in ("predicted", "bound", "registers", "spills")}
             except Exception as error:  # of the compiler, or code the model does not understand
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -96,7 +100,10 @@ def predict(architecture: str, labels: Sequence[str], shrink: int) -> None:
 
 def predictions(architecture: str, args: argparse.Namespace) -> tuple[list[report.Row], str]:
     """What another process predicts, and why some or all of it is missing."""
-    command = PREDICT.format(architecture, list(args.cases), args.shrink)
+    count = None
+    if args.device.type == "cuda":
+        count = torch.cuda.get_device_properties(args.device).multi_processor_count
+    command = PREDICT.format(architecture, list(args.cases), args.shrink, count)
     environment = os.environ | {"TRITON_INTERPRET": "0", "MOCAPSNET_TUNED": "0"}
     try:
         done = subprocess.run(

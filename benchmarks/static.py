@@ -25,17 +25,18 @@ import torch
 from matplotlib.figure import Figure
 
 from mocapsnet.kernels.conv_routing import triton as conv_routing
-from mocapsnet.kernels.launch import accumulation_dtype, interpreting, recording
+from mocapsnet.kernels.launch import Launch, accumulation_dtype, interpreting, recording
 from mocapsnet.kernels.momentum import triton as momentum
 from mocapsnet.kernels.momentum.schedule import schedule
 from mocapsnet.kernels.primary import triton as primary
+from mocapsnet.kernels.routing import plans
 from mocapsnet.kernels.routing import triton as routing
 from mocapsnet.kernels.squash import triton as squash
 from mocapsnet.kernels.votes import triton as votes
 
 from .shared import report
 from .shared.compiled import ARCHITECTURES, compile_for
-from .shared.prediction import GPUS, floor, row_of
+from .shared.prediction import GPUS, L2, floor, row_of
 
 SHAPES = {  # B, N, K, J, D
     "layer 1": (128, 1152, 8, 32, 8),
@@ -125,12 +126,34 @@ def cases(
 
 def launches(label: str, run: Callable[[], object], architecture: str) -> list[report.Row]:
     """What one case compiles to, a row per launch in their order."""
-    with recording() as recorded:
-        run()
+    recorded = planned_for(architecture, run)
+    l2 = l2_of(architecture)
     return [
-        {"architecture": architecture, "case": label, **row_of(launch, architecture)}
+        {"architecture": architecture, "case": label, **row_of(launch, architecture, l2)}
         for launch in recorded
     ]
+
+
+def planned_for(
+    architecture: str, run: Callable[[], object], multiprocessors: int | None = None
+) -> list[Launch]:
+    """The launches of `run` on meta tensors, cut for a GPU of this kind, or with so many
+    multiprocessors."""
+    known = GPUS.get(architecture)
+    if multiprocessors is None:
+        multiprocessors = known.multiprocessors if known else plans.multiprocessors.get()
+    token = plans.multiprocessors.set(multiprocessors)
+    try:
+        with recording() as recorded:
+            run()
+    finally:
+        plans.multiprocessors.reset(token)
+    return recorded
+
+
+def l2_of(architecture: str, repeated: bool = False) -> L2:
+    known = GPUS.get(architecture)
+    return L2(known.l2_cache if known else 0, repeated)
 
 
 def summarize(rows: list[report.Row], dtype: torch.dtype) -> list[report.Row]:

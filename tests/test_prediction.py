@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from mocapsnet.benchmarks.shared.addresses import Kernel, sample
 from mocapsnet.benchmarks.shared.compiled import parse_nvidia
 from mocapsnet.benchmarks.shared.gpus import GPUS
-from mocapsnet.benchmarks.shared.prediction import Work, limits_of
+from mocapsnet.benchmarks.shared.prediction import L2, Work, limits_of
 from mocapsnet.benchmarks.shared.schedule import Warp, executions, weights
 from mocapsnet.benchmarks.shared.traffic import Traffic, mean, traffic
 
@@ -190,8 +190,45 @@ def test_what_cannot_be_followed_is_said(body, message):
 
 def test_few_programs_stand_for_all():
     assert sample(1) == [0] and sample(2) == [0, 1] and sample(600) == [100, 300, 500]
-    some = [Traffic(read=2, touched={1: (4.0, 4)}), Traffic(read=4, touched={2: (2.0, 8)})]
-    assert mean(some) == Traffic(read=3, touched={1: (2.0, 4), 2: (1.0, 8)})
+    one = Traffic(read=2, touched={1: (4.0, 4)}, loaded=frozenset([1]))
+    other = Traffic(read=4, touched={2: (2.0, 8)})
+    touched = {1: (2.0, 4), 2: (1.0, 8)}
+    assert mean([one, other]) == Traffic(read=3, touched=touched, loaded=frozenset([1]))
+
+
+def test_regions_that_are_only_written_are_not_loaded():
+    body = "mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; {} ;"
+    load, store = "ld.global.b32 %r4, [%rd3]", "st.global.b32 [ %rd3 + 0 ], { %r4 }"
+    assert run(body.format(load))[0].loaded == {1}
+    assert run(body.replace("{}", store))[0].loaded == frozenset()
+
+
+HELD = {  # launches one after another, the size of L2, and what the last finds there
+    "nothing at first": ([{"u": 8}], 100, {}),
+    "what the launch before wrote": ([{"u": 50, "p": 10}, {"p": 10}], 60, {"p": 10}),
+    "not what is too large": ([{"p": 100}, {"p": 100}], 99, {"p": 0}),
+    "all that just fits": ([{"p": 100}, {"p": 100}], 100, {"p": 100}),
+    "only as much as there was": ([{"p": 10}, {"p": 30}], 100, {"p": 10}),
+    "not what larger ones drove out": ([{"p": 10}, {"c": 95}, {"p": 10}], 100, {"p": 0}),
+    "each tensor between counts once": (
+        [{"p": 10}, {"c": 45}, {"c": 45}, {"p": 10}],
+        60,
+        {"p": 10},
+    ),
+    # at a share f of u: (1 - f) 40 + f 40 of it, all of p, f 40 of c; at most 80 for f up to 1 / 4
+    "a part": ([{"u": 40}, {"p": 30}, {"u": 40, "c": 40}], 80, {"u": 10}),
+}
+
+
+@pytest.mark.parametrize("launches, size, found", HELD.values(), ids=list(HELD))
+def test_l2_holds_what_was_used_last(launches, size, found):
+    l2 = L2(size)
+    assert [l2.follow(some) for some in launches][-1] == found
+
+
+def test_a_launch_repeated_finds_what_it_left():
+    assert L2(100, repeated=True).follow({"u": 60, "W": 40}) == {"u": 60, "W": 40}
+    assert L2(99, repeated=True).follow({"u": 60, "W": 40}) == {"u": 0, "W": 0}
 
 
 H100 = GPUS["90"]

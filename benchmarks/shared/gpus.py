@@ -38,6 +38,10 @@ class Gpu(NamedTuple):
     """The same by wgmma; 0 where there is none."""
     cache: int
     """Bytes that L1 and shared memory have together."""
+    l2_cache: int
+    """Bytes that L2 holds of what all multiprocessors use: half of its size, since two partitions
+    each keep what their own multiprocessors use (architecture paper of the A100; the same is taken
+    for the others)."""
     l2: float
     """Bytes per second that all multiprocessors read from L2."""
     bandwidth: float
@@ -58,6 +62,7 @@ GPUS = {
         tensor=512,
         wgmma=0,
         cache=192 << 10,
+        l2_cache=20 << 20,
         l2=5.4e12,
         bandwidth=1.555e12,
         latency={"shared": 23, "l1": 33, "l2": 206, "dram": 536},
@@ -72,6 +77,7 @@ GPUS = {
         tensor=128,
         wgmma=0,
         cache=128 << 10,
+        l2_cache=48 << 20,
         l2=5.2e12,
         bandwidth=0.864e12,
         latency={"shared": 30, "l1": 34, "l2": 274, "dram": 624},
@@ -86,6 +92,7 @@ GPUS = {
         tensor=0.62 * 1024,
         wgmma=1024,
         cache=256 << 10,
+        l2_cache=25 << 20,
         l2=9.8e12,
         bandwidth=3.35e12,
         latency={"shared": 30, "l1": 33, "l2": 280, "dram": 640},

@@ -11,7 +11,8 @@ mufu       special functions: exponentials, roots, reciprocals
 l1         what goes through the banks of L1 and shared memory, one wavefront a clock: conflicts,
            spilled registers and shuffles included
 l2         sectors that L1 does not hold, and all that is written
-dram       every byte that is touched once
+dram       every byte that is touched, once, but those that are loaded and that L2 still holds
+           since an earlier launch of the same operation (`residency`)
 latency    a warp alone, its results waiting for each other, for as many programs as run one after
            another on one multiprocessor: what occupancy does not hide
 launch     what even an empty kernel takes after another
@@ -19,9 +20,9 @@ launch     what even an empty kernel takes after another
 Instructions are those of the machine code, as often as PTX's loops turn (`schedule`); wavefronts
 and sectors come from the addresses that the code computes (`addresses`, `traffic`); rates and their
 sources stand in `gpus`. There is no queueing, no limit holds up another, programs on one
-multiprocessor share nothing in L1, and L2 holds what is used twice: so the truth will be slower,
-more so where two limits are near each other. The floor counts only the multiply-adds that the
-equations need, and each input and output once.
+multiprocessor share nothing in L1, and L2 holds what a launch uses twice: so the truth will be
+slower, more so where two limits are near each other. An operation finds none of its inputs in L2.
+The floor counts only the multiply-adds that the equations need, and each input and output once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +41,11 @@ from . import gpus
 from .addresses import REGION, Kernel, sample
 from .compiled import Compiled, compiled, kind_of, kinds
 from .gpus import GPUS, Gpu
+from .residency import L2, Touched
 from .schedule import Warp, executions, weights
 from .traffic import SECTOR, Traffic, mean, traffic
 
-__all__ = ["GPUS", "Gpu", "floor", "limits", "predicted", "row_of"]
+__all__ = ["GPUS", "L2", "Gpu", "floor", "limits", "row_of"]
 
 
 class Work(NamedTuple):
@@ -58,16 +61,19 @@ class Work(NamedTuple):
     traffic: Traffic
     """Of one program."""
     memory: float
-    """Bytes of device memory that are touched."""
+    """Bytes that device memory reads or writes."""
     chain: float
     """Clocks of one warp alone."""
 
 
-def row_of(launch: Launch, architecture: str) -> dict[str, Any]:
-    """One launch: what the compiler made of its kernel, the predicted seconds, what binds it."""
+def row_of(launch: Launch, architecture: str, l2: L2) -> dict[str, Any]:
+    """One launch: what the compiler made of its kernel, the predicted seconds, what binds it.
+
+    `l2` knows the launches before it.
+    """
     made = compiled(launch, architecture)
     code, loop = made.code, made.code.loop
-    found = limits(launch, architecture, made)
+    found = limits(launch, architecture, made, l2)
     return (
         dict(
             kernel=launch.kernel.__name__,
@@ -89,16 +95,10 @@ def row_of(launch: Launch, architecture: str) -> dict[str, Any]:
     )
 
 
-def predicted(launch: Launch, architecture: str, made: Compiled) -> float | None:
-    """Seconds of one launch; None for a GPU whose rates are not known."""
-    found = limits(launch, architecture, made)
-    return max(found.values()) if found else None
-
-
-def limits(launch: Launch, architecture: str, made: Compiled) -> dict[str, float] | None:
+def limits(launch: Launch, architecture: str, made: Compiled, l2: L2) -> dict[str, float] | None:
     """Seconds that each limit alone asks for; None for a GPU whose rates are not known."""
     gpu = GPUS.get(architecture)
-    return None if gpu is None else limits_of(work_of(launch, made, gpu), gpu)
+    return None if gpu is None else limits_of(work_of(launch, made, gpu, l2), gpu)
 
 
 def limits_of(work: Work, gpu: Gpu) -> dict[str, float]:
@@ -164,7 +164,7 @@ def tensor_clocks(name: str, gpu: Gpu) -> float:
     return products / (rate if kind == "DMMA" or "TF32" in name else 2 * rate)
 
 
-def work_of(launch: Launch, made: Compiled, gpu: Gpu) -> Work:
+def work_of(launch: Launch, made: Compiled, gpu: Gpu, l2: L2) -> Work:
     """What one launch does, from what the compiler made of it and the addresses it computes."""
     kernel = Kernel(made.ptx)
     bound = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
@@ -180,9 +180,16 @@ def work_of(launch: Launch, made: Compiled, gpu: Gpu) -> Work:
     executed: Counter[str] = Counter()
     for name, n in zip(made.code.names, weights(made.code, times), strict=True):
         executed[name] += n  # type: ignore[assignment]  # a mean of some programs
-    memory = touched(flow, arguments, programs)
+    regions = touched(flow, arguments, programs)
+    held = l2.follow(by_tensor(regions, arguments))
+    loaded = sum(
+        size - held.get(tensor_of(region, arguments), 0.0)
+        for region, size in regions.items()
+        if region in flow.loaded
+    )
+    memory = loaded + sum(size for region, size in regions.items() if region not in flow.loaded)
     warps = launch.options["num_warps"]
-    chain = Warp(made.code, times, latency(flow, memory, programs, gpu)).run()
+    chain = Warp(made.code, times, latency(flow, loaded, programs, gpu)).run()
     return Work(programs, made.resident, warps, executed, flow, memory, chain)
 
 
@@ -191,28 +198,47 @@ def address(place: int, x: torch.Tensor) -> int:
     return ((place + 1) << REGION) + int(x.storage_offset()) * x.itemsize % 256
 
 
-def touched(flow: Traffic, arguments: list[Any], programs: int) -> float:
-    """Bytes that a launch touches, from the means of one program.
+def touched(flow: Traffic, arguments: list[Any], programs: int) -> dict[int, float]:
+    """Bytes that a launch touches, by region, from the means of one program.
 
     Programs may touch the same bytes or others: so as many as all of them would if they touched
     others, but at most the whole tensor, or for one whose address is loaded, the part of it that
     lies between the first and the last that a program touches.
     """
-    total = 0.0
+    sizes = {}
     for region, (sectors, span) in flow.touched.items():
         known = region <= len(arguments)
         most = span * SECTOR
         if known:
             x = arguments[region - 1]
             most = x.numel() * x.itemsize
-        total += min(programs * sectors * SECTOR, most)
-    return total
+        sizes[region] = min(programs * sectors * SECTOR, most)
+    return sizes
 
 
-def latency(flow: Traffic, memory: float, programs: int, gpu: Gpu) -> dict[str, float]:
-    """Clocks until what is loaded can be used; of global memory, by the share of each cache."""
+def tensor_of(region: int, arguments: list[Any]) -> Hashable:
+    """Which tensor the region of an argument is, or part of one: the same in all launches of an
+    operation. One whose address is loaded is taken for another in each launch."""
+    if region > len(arguments):
+        return object()
+    x = arguments[region - 1]
+    return x.untyped_storage()._cdata, x.storage_offset()
+
+
+def by_tensor(sizes: Mapping[int, float], arguments: list[Any]) -> Touched:
+    """The same by tensor, which may be several arguments."""
+    found: dict[Hashable, float] = {}
+    for region, size in sizes.items():
+        tensor = tensor_of(region, arguments)
+        found[tensor] = max(size, found.get(tensor, 0.0))
+    return found
+
+
+def latency(flow: Traffic, loaded: float, programs: int, gpu: Gpu) -> dict[str, float]:
+    """Clocks until what is loaded can be used; of global memory, by the share of each cache, if
+    `loaded` bytes come from device memory."""
     asked, read = max(flow.asked, 1), max(programs * flow.read * SECTOR, 1)
-    missed, far = flow.read / asked, min(memory / read, 1)
+    missed, far = flow.read / asked, min(loaded / read, 1)
     clocks = gpu.latency
     beyond = (1 - far) * clocks["l2"] + far * clocks["dram"]
     found = {"shared": clocks["shared"], "local": clocks["l1"]}

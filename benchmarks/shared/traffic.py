@@ -38,6 +38,8 @@ class Traffic(NamedTuple):
     """Sectors written to L2."""
     touched: dict[int, tuple[float, int]] = {}
     """By region (see `addresses`): sectors that were touched, and those from first to last."""
+    loaded: frozenset[int] = frozenset()
+    """Regions of which something was loaded."""
 
 
 def counted(addresses: Numbers, size: int, active: Numbers) -> tuple[int, Numbers]:
@@ -111,6 +113,7 @@ def traffic(accesses: Iterable[Access], cache: int) -> Traffic:
     """Of one program whose share of L1 is `cache` bytes."""
     counts: Counter[str] = Counter()
     touched: dict[int, set[int]] = defaultdict(set)
+    loaded = set()
     l1 = Cache(cache)
     for kind, addresses, size, active, shared, writing in accesses:
         if kind == "rows":  # 8 rows of a matrix lie with 8 threads
@@ -127,16 +130,18 @@ def traffic(accesses: Iterable[Access], cache: int) -> Traffic:
             counts["l1"] += waves
         if not len(wanted):
             continue
-        touched[region(int(wanted[0]) * SECTOR)].update(wanted.tolist())
+        which = region(int(wanted[0]) * SECTOR)
+        touched[which].update(wanted.tolist())
         if kind == "store":
             counts["written"] += len(wanted)
         else:
+            loaded.add(which)
             counts["asked"] += len(wanted)
             counts["read"] += l1.misses(wanted.tolist())
     spans = {
         which: (float(len(some)), max(some) - min(some) + 1) for which, some in touched.items()
     }
-    return Traffic(**counts, touched=spans)
+    return Traffic(**counts, touched=spans, loaded=frozenset(loaded))
 
 
 def mean(several: list[Traffic]) -> Traffic:
@@ -149,4 +154,5 @@ def mean(several: list[Traffic]) -> Traffic:
     sums = {
         name: sum(getattr(one, name) for one in several) / count for name in Traffic._fields[:5]
     }
-    return Traffic(**sums, touched=touched)
+    loaded = frozenset().union(*(one.loaded for one in several))
+    return Traffic(**sums, touched=touched, loaded=loaded)
