@@ -267,26 +267,31 @@ def kept_backward_kernel(
     J: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     WINDOWS: tl.constexpr = None,
 ):
     """du of one input capsule (8, 14), rba "final", from the couplings c [N, J, B] of forward.
 
-    ds is [J, B, D]. KS are the numbers k from 0 to K - 1: each component of du has a sum [B, D] of
-    its own, so that output capsules add up in place and only the last sum, over d, crosses lanes.
+    ds is [J, B, D]. KS are the numbers k from 0 to K - 1: each component of du has a sum
+    [B, BLOCK_J, D] of its own, so that output capsules add up in place, BLOCK_J at a time, and only
+    the last sum, over what is left of them and d, crosses lanes.
     """
     tiles = tl.cdiv(B, BLOCK_B)
     i = (tl.program_id(0) // tiles).to(tl.int64)
-    b = (tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)[None, :]
+    b = (tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)[None, None, :]
     K: tl.constexpr = len(KS)
-    du = [tl.zeros([BLOCK_B, BLOCK_D], ACC) for k in KS]
-    for j in range(J):
-        c = tl.load(c_ptr + (i * J + j) * B + b, b < B, 0)
-        g = c * tl.load(ds_ptr + (j * B + b) * D + d, (b < B) & (d < D), 0)  # d(u_hat)
+    du = [tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC) for k in KS]
+    for start in range(0, J, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)[None, :, None]
+        m_W = (j < J) & (d < D)
+        c = tl.load(c_ptr + (i * J + j) * B + b, (b < B) & (j < J), 0)
+        g = c * tl.load(ds_ptr + (j * B + b) * D + d, (b < B) & m_W, 0)  # d(u_hat)
         p_W = W_ptr + (i * K * J + j) * D + d
-        du = [du[k] + g * tl.load(p_W + k * J * D, d < D, 0).to(ACC) for k in KS]
+        du = [du[k] + g * tl.load(p_W + k * J * D, m_W, 0).to(ACC) for k in KS]
     p_du = du_ptr + tile.capsule(b, i, N, K, WINDOWS)
     for k in tl.static_range(K):
-        tile.store_gradient(p_du + k, tl.sum(du[k], 1, keep_dims=True), b < B, WINDOWS)
+        du_k = tl.sum(tl.sum(du[k], 2, keep_dims=True), 1, keep_dims=True)
+        tile.store_gradient(p_du + k, du_k, b < B, WINDOWS)

@@ -415,7 +415,8 @@ def kept_input_gradient(
             **kept_options(u, W, c, p, windows),
         )
         return
-    # a warp's sums for every k take 64 registers of each thread
+    # a warp's sums for every k take 64 registers of each thread; each has an output capsule
+    warps = min(padded(J), 2)
     block_b = max(1, min(8192 // (padded(K) * padded(D) * x.itemsize), padded(B)))
     launch(
         kept_backward_kernel,
@@ -425,10 +426,11 @@ def kept_input_gradient(
         J=J,
         D=D,
         BLOCK_B=block_b,
+        BLOCK_J=warps,
         BLOCK_D=padded(D),
         ACC=accumulation_type(u, W),
         WINDOWS=windows,
-        num_warps=1,
+        num_warps=warps,
     )
 
 

@@ -138,6 +138,6 @@ def weight_gradient(
         ACC=accumulation_type(x),
         PRECISION=dot_precision(x),
         WINDOWS=windows,
-        num_warps=8 if sda else 4,
-        num_stages=2 if terms == 1 else 1,  # else the prefetched terms exceed shared memory
+        num_warps=8 if sda else 4 if terms > 1 else 2,
+        num_stages=1,  # more loads ahead, but more conflicts of banks than that saves
     )
