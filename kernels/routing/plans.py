@@ -16,8 +16,8 @@ from ..launch import accumulation_dtype, padded
 ON_CHIP_VOTES = 16384
 """Votes of one sample, sides padded to powers of two, that one program holds in registers."""
 
-STREAM_PROGRAMS = 16
-"""Programs for each multiprocessor that a streamed pass is cut into."""
+STREAM_WARPS = 16
+"""Warps for each multiprocessor of the programs that a streamed pass is cut into."""
 
 DOT_SIZES = (4,)
 """Bytes of the numbers that are multiplied on tensor cores: float64 takes the vector units."""
@@ -116,10 +116,24 @@ def dot_plan(B: int, N: int, J: int, D: int, device: torch.device) -> Plan:
 def vector_plan(B: int, N: int, J: int, D: int, itemsize: int, device: torch.device) -> Plan:
     """The streamed plan without tensor cores."""
     row = padded(J) * padded(D) * itemsize
-    block_b = max(1, min(16, 4096 // row, padded(B)))
-    per_slice = sliced(B, N, block_b, STREAM_PROGRAMS * multiprocessors_of(device))
-    num_warps = 1 if row <= 4096 else min(row // 2048, 16)
-    return Plan(False, block_b, per_slice, num_warps, False)
+    if row <= 4096:
+        block_b, num_warps = max(1, min(16, 4096 // row, padded(B))), 1
+    else:  # two samples, so that W is read half as often, if 16 warps can hold them
+        block_b = min(2, padded(B)) if row <= 16384 else 1
+        num_warps = min(block_b * row // 2048, 16)
+    programs = STREAM_WARPS // num_warps * multiprocessors_of(device)
+    return Plan(False, block_b, sliced(B, N, block_b, programs), num_warps, False)
+
+
+def backward_tile(p: Plan, sda: bool, full: bool) -> tuple[int, int]:
+    """Samples and warps of a program that makes du and the terms of d(vote) on vector units.
+
+    Half of those of sums, for rows longer than a warp's tile, and for all of sda's gradient at
+    once, which needs more registers than a whole tile leaves.
+    """
+    if p.num_warps > 1 or (sda and full):
+        return max(1, p.block_b // 2), max(1, p.num_warps // 2)
+    return p.block_b, p.num_warps
 
 
 def sliced(B: int, N: int, block_b: int, programs: int) -> int:
@@ -154,14 +168,20 @@ def chosen(
     return planned(u, W)
 
 
-def registers(p: Plan, K: int, sda: bool, full: bool) -> dict[str, int]:
-    """Launch option of streamed kernels: how many registers a thread may take.
+def sum_registers(p: Plan, K: int, sda: bool, full: bool) -> dict[str, int]:
+    """Launch option of streamed sums: how many registers a thread may take.
 
     Unasked, ptxas fits in one more program where it can, and spills one to four registers for it;
-    or, on tensor cores, takes a few that keep a third program out.
+    or takes a few that keep a third program out, on tensor cores, or a second one of eight warps.
     """
-    if p.dots and p.num_warps == 4 and K <= 8 and not (sda or full):
-        return {"maxnreg": 168}
-    if p.dots or not (sda or p.num_warps > 1):
+    if p.dots:
+        third = p.num_warps == 4 and K <= 8 and not (sda or full)
+        return {"maxnreg": 168} if third else {}
+    return {"maxnreg": 128} if p.num_warps >= 8 else backward_registers(p.num_warps, sda, full)
+
+
+def backward_registers(num_warps: int, sda: bool, full: bool) -> dict[str, int]:
+    """The same for streamed backward on vector units."""
+    if not (sda or num_warps > 1):
         return {}
     return {"maxnreg": 255 if sda or full else 168}

@@ -47,7 +47,7 @@ def sum_kernel(
         WINDOWS=windows,
         num_warps=p.num_warps,
         num_stages=1,
-        **plans.registers(p, K, sda, full),
+        **plans.sum_registers(p, K, sda, full),
     )
     if not p.dots:
         return streamed_sum_kernel, options | dict(BLOCK_J=padded(J))
@@ -297,8 +297,7 @@ def streamed_backward(
     step = max(1, min(N, TERMS_BYTES // ((terms + sda) * B * J * x.itemsize)))
     a = x.new_empty((terms + sda) * B * step * J)
     p = plans.vector_plan(B, N, J, D, x.itemsize, x.device) if p.dots else p
-    # all of sda's gradient at once needs more registers than a whole tile leaves
-    block_b = max(1, p.block_b // 2) if sda and full else p.block_b
+    block_b, num_warps = plans.backward_tile(p, sda, full)
     for begin in range(0, N, step):
         end = min(begin + step, N)
         launch(
@@ -318,8 +317,8 @@ def streamed_backward(
             BLOCK_D=padded(D),
             ACC=accumulation_type(u, W),
             WINDOWS=windows,
-            num_warps=p.num_warps,
-            **plans.registers(p, K, sda, full),
+            num_warps=num_warps,
+            **plans.backward_registers(num_warps, sda, full),
         )
         weight_gradient(u, W, a, x, dW, (begin, end), terms, sda, windows=windows)
 

@@ -53,7 +53,7 @@ def test_equals_the_reference_in_float64(form, method, grad, device, monkeypatch
 def few_programs(monkeypatch):
     """Each takes the interpreter long."""
     monkeypatch.setattr(triton.plans, "multiprocessors_of", lambda device: 1)
-    monkeypatch.setattr(triton.plans, "STREAM_PROGRAMS", 1)
+    monkeypatch.setattr(triton.plans, "STREAM_WARPS", 1)
     monkeypatch.setattr(triton.plans, "DOT_PROGRAMS", 1)
     monkeypatch.setattr(triton.plans, "OWNED_PROGRAMS", 3)  # two parts of the windows
 

@@ -52,7 +52,7 @@ def force(form, monkeypatch):
         broken += ["kept_backward_dots_kernel", "owned_backward_kernel"]
     else:
         monkeypatch.setattr(plans, "ON_CHIP_VOTES", 0)
-        monkeypatch.setattr(plans, "STREAM_PROGRAMS", 3)  # several input capsules each
+        monkeypatch.setattr(plans, "STREAM_WARPS", 3)  # several input capsules each
         broken.append("streamed_backward_kernel" if dots else "owned_backward_kernel")
     if form == "streamed in parts":
         broken.append("kept_backward_kernel")
@@ -412,7 +412,7 @@ def test_the_form_follows_from_shapes():
 
     assert plan(32, 8, 32, 8).on_chip  # block layer
     assert plan(32, 8, 10, 16).on_chip  # layer 2, 10 classes
-    assert plan(32, 8, 100, 16) == (False, 1, 2, 4, False)  # layer 2, 100 classes: rows too long
+    assert plan(32, 8, 100, 16) == (False, 2, 8, 8, False)  # layer 2, 100 classes: rows too long
     assert plan(1152, 8, 32, 8) == (False, 16, 24, 4, True)  # layer 1
     assert plan(1152, 4, 32, 8) == (False, 4, 18, 1, False)  # half of each product would be padding
     assert not plans.plan(128, 1152, 8, 32, 8, 8, device).dots  # float64
