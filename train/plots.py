@@ -104,8 +104,8 @@ def reconstructions(
     out = model(model.preprocessing(pixels))
     labels, predicted = shown.labels.tolist(), out.lengths.argmax(1).tolist()
     names = [(test_set.name(a), test_set.name(b)) for a, b in zip(labels, predicted, strict=True)]
-    # Above a pair is room for about 26 letters.
-    two_lines = any(name != guess and len(name + guess) > 14 for name, guess in names)
+    # Above a pair is room for about 23 letters.
+    two_lines = any(name != guess and len(name + guess) > 11 for name, guess in names)
     text = "{},\npredicted {}" if two_lines else "{}, predicted {}"
     return pairs_figure(
         side_by_side(pixels, out.reconstruction),

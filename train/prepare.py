@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ def make_accelerator(machine: MachineOptions, micro_batches: int = 1) -> Acceler
         mixed_precision=machine.mixed_precision,
         gradient_accumulation_steps=micro_batches,
     )
+    if accelerator.num_processes > 1:
+        # PyTorch says so of sides that have one element, whose strides mean nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     if on_cpu and machine.mixed_precision == "bf16" and not cpu_has_bfloat16():
         if accelerator.is_main_process:
             print(

@@ -56,8 +56,13 @@ def candidates(call: Call, device: torch.device) -> dict[str, Plan]:
         found["twice the samples and warps"] = p._replace(
             block_b=min(2 * p.block_b, padded(B)), num_warps=2 * p.num_warps
         )
-        found["half the samples"] = p._replace(block_b=p.block_b // 2)
-        found["twice the samples"] = p._replace(block_b=min(2 * p.block_b, padded(B)))
+        if p.dots or p.num_warps == 1:
+            found["half the samples"] = p._replace(block_b=p.block_b // 2)
+            found["twice the samples"] = p._replace(block_b=min(2 * p.block_b, padded(B)))
+        else:
+            found["half the samples and warps"] = p._replace(
+                block_b=p.block_b // 2, num_warps=p.num_warps // 2
+            )
         if p.dots:
             found["vector units"] = plans.vector_plan(B, N, J, D, 4, device)
         elif torch.float64 not in (call.u, call.W) and K <= 32:

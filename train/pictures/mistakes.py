@@ -66,5 +66,5 @@ def mistakes_figure(
     model.train(was_training)
     captions = [caption(images, judged, i) for i in indices]
     return pairs_figure(
-        pairs, captions, ["\n" in text for text in captions], title, columns, inches=1.75
+        pairs, captions, ["\n" in text for text in captions], title, columns, inches=2.1
     )

@@ -30,7 +30,7 @@ def pairs_figure(
 
     Args:
         pairs: as of `side_by_side`, pixels in [0, 1].
-        captions: of at most two lines, with room for about 18 letters an inch.
+        captions: of at most two lines, with room for about 16 letters an inch.
         inches: width of a pair.
     """
     B, C, H, width = pairs.shape
@@ -39,7 +39,8 @@ def pairs_figure(
     top, between = max(2, H // (2 if two_lines else 3)), max(2, H // 4)
     rows = -(-B // columns)
     sheet = torch.ones(rows * (H + top), columns * (width + between) - between, C)
-    figure = Figure(figsize=(inches * columns, inches / 1.45 * rows + 0.5), layout="constrained")
+    height = inches * (H + top) / (width + between)
+    figure = Figure(figsize=(inches * columns, height * rows + 0.5), layout="constrained")
     axes = figure.subplots()
     axes.axis("off")
     for i, (pair, caption, bad) in enumerate(zip(pairs, captions, wrong, strict=True)):
