@@ -340,7 +340,7 @@ def owned_backward(
     warps = max(block_j * block_d // 64, 1)
     tiles = triton.cdiv(B, 16)
     programs = plans.OWNED_PROGRAMS * plans.multiprocessors_of(u.device)
-    tiles_of_part = triton.cdiv(tiles, triton.cdiv(programs, N))
+    tiles_of_part = triton.cdiv(tiles, max(1, programs // N))
     parts = triton.cdiv(tiles, tiles_of_part)
     sums = dW if parts == 1 else x.new_empty(parts, *W.shape)
     precision = split_precision(u, W)

@@ -55,7 +55,7 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(triton.plans, "multiprocessors_of", lambda device: 1)
     monkeypatch.setattr(triton.plans, "STREAM_WARPS", 1)
     monkeypatch.setattr(triton.plans, "DOT_PROGRAMS", 1)
-    monkeypatch.setattr(triton.plans, "OWNED_PROGRAMS", 3)  # two parts of the windows
+    monkeypatch.setattr(triton.plans, "OWNED_PROGRAMS", 6)  # two parts of the windows
 
 
 @settings(

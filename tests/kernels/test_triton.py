@@ -45,7 +45,7 @@ def force(form, monkeypatch):
     monkeypatch.setattr(plans, "DOT_COLUMNS", range(8, 513))
     monkeypatch.setattr(plans, "multiprocessors_of", lambda device: 1)
     monkeypatch.setattr(plans, "DOT_PROGRAMS", 3)
-    monkeypatch.setattr(plans, "OWNED_PROGRAMS", 3)  # several tiles of samples each
+    monkeypatch.setattr(plans, "OWNED_PROGRAMS", 6)  # several tiles of samples each
     if form == "on chip":
         broken = ["streamed_sum_kernel", "streamed_backward_kernel", "kept_backward_kernel"]
         broken.append("dot_sum_kernel")
