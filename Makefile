@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-gpu test-compiled test-versions benchmarks gpu-report guard lint format format-check typecheck docs docs-serve build clean distclean
+.PHONY: help train test test-gpu test-compiled test-executed test-versions benchmarks gpu-report guard lint format format-check typecheck docs docs-serve build clean distclean
 
 help: ## show this list
 	@echo "MoCapsNet: momentum capsule networks with fused routing"
@@ -34,6 +34,9 @@ test-gpu: $(VENV)/.installed-dev ## run the kernels' tests natively on an NVIDIA
 
 test-compiled: $(VENV)/.installed-dev ## compile every kernel for every GPU generation; needs no GPU
 	$(BIN)/python -m pytest tests/kernels/test_compiled.py -m whole_matrix -s $(ARGS)
+
+test-executed: $(VENV)/.installed-dev ## execute compiled kernels on the CPU; needs g++, no GPU
+	$(BIN)/python -m pytest tests/kernels/test_executed.py -m executed -s $(ARGS)
 
 test-versions: $(VENV)/.installed-dev ## try other Pythons and the lowest dependencies; 5 GB each
 	$(BIN)/python tests/versions.py $(ARGS)
