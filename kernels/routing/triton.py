@@ -441,13 +441,15 @@ def kept_weight_gradient(
     if c.dim() == 3:
         weight_gradient(u, W, c, x, dW, (0, N), 1, False, True, windows=windows)
         return
-    together = 2 if K <= 16 else 1  # input capsules, whose sums fit registers
+    p = backward_plan(p, B, W, x)
+    # input capsules of a program, whose sums fit registers
+    together = 3 if K <= 8 and p.num_warps <= 4 else 2 if K <= 16 else 1
     launch(
         kept_weight_gradient_kernel,
         (triton.cdiv(N, together),),
         *(u, c, x[1], dW, B, N),
         NS=tuple(range(together)),
-        **kept_options(u, W, c, backward_plan(p, B, W, x), windows),
+        **kept_options(u, W, c, p, windows),
     )
 
 
