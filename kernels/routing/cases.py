@@ -74,7 +74,7 @@ def cases() -> Iterator[Case]:
     """
     from . import triton
 
-    small, wide, long = (3, 5, 3, 5, 3), (17, 4, 6, 17, 7), (1, 3, 3, 70, 9)  # B, N, K, J, D
+    small, wide, long = (3, 5, 3, 5, 3), (17, 4, 6, 17, 7), (3, 3, 3, 70, 9)  # B, N, K, J, D
     for mode in MODES:
         yield case("on chip", small, triton, mode)
     yield case("on chip", small, triton, FINAL, torch.float16)

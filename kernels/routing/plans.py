@@ -128,11 +128,11 @@ def vector_plan(B: int, N: int, J: int, D: int, itemsize: int, device: torch.dev
 def backward_tile(p: Plan, sda: bool, full: bool) -> tuple[int, int]:
     """Samples and warps of a program that makes du and the terms of d(vote) on vector units.
 
-    Half of those of sums, for rows longer than a warp's tile, and for all of sda's gradient at
-    once, which needs more registers than a whole tile leaves.
+    Half of those of sums, if it has several samples, for rows longer than a warp's tile, and for
+    all of sda's gradient at once, which needs more registers than a whole tile leaves.
     """
-    if p.num_warps > 1 or (sda and full):
-        return max(1, p.block_b // 2), max(1, p.num_warps // 2)
+    if p.block_b > 1 and (p.num_warps > 1 or (sda and full)):
+        return p.block_b // 2, max(1, p.num_warps // 2)
     return p.block_b, p.num_warps
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -416,6 +417,27 @@ def test_the_form_follows_from_shapes():
     assert plan(1152, 8, 32, 8) == (False, 16, 24, 4, True)  # layer 1
     assert plan(1152, 4, 32, 8) == (False, 4, 18, 1, False)  # half of each product would be padding
     assert not plans.plan(128, 1152, 8, 32, 8, 8, device).dots  # float64
+
+
+def test_plans_fill_the_multiprocessors_of_the_gpu(monkeypatch):
+    """Layer 1 of a batch of 128 on an A100, whose 108 hold three programs each."""
+    about = SimpleNamespace(multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    gpu = torch.device("cuda", 99)  # which nothing else has asked for
+    p = plans.plan(128, 1152, 8, 32, 8, 4, gpu)
+    assert p == (False, 16, 29, 4, True) and 8 * -(-1152 // p.per_slice) <= 3 * 108
+    assert plans.plan(128, 1152, 8, 32, 8, 4, torch.device("meta")).per_slice == 24
+
+
+def test_tiles_of_backward_of_long_rows():
+    """Half the samples on half the warps; a tile of one sample keeps its warps."""
+    meta = torch.device("meta")
+    found = {
+        (B, J): plans.backward_tile(plans.vector_plan(B, 32, J, 16, 4, meta), False, False)
+        for B, J in ((128, 100), (1, 100), (128, 500), (128, 16))
+    }
+    assert found == {(128, 100): (1, 4), (1, 100): (1, 4), (128, 500): (1, 16), (128, 16): (4, 1)}
+    assert plans.backward_tile(plans.vector_plan(128, 32, 16, 16, 4, meta), True, True) == (2, 1)
 
 
 def test_explain_says_where_gradients_are_made():
