@@ -24,7 +24,7 @@ OTHERS = "not test_compiles"
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_compiled_kernels_are_right_and_touch_nothing_else(architecture, tmp_path):
     if not shutil.which("g++"):
-        pytest.skip("needs g++")
+        pytest.fail("needs g++, the C++ compiler, which is not there: install it")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.kernels.executor.plugin"]
     command += ["-p", "no:cacheprovider", "-k", OTHERS, *(str(HERE / name) for name in TESTS)]
     about = {"TRITON_INTERPRET": "0", "EXECUTED_ARCHITECTURE": architecture}

@@ -36,7 +36,6 @@ enum Kind {
   SAME_GLOBAL,
   SAME_CTA,
   UNWAITED,
-  UNINIT_REGISTER,
   PROXY_FENCE,
   LANES_DISAGREE
 };
@@ -66,7 +65,7 @@ struct Async {
 struct Warp {
   int id = 0, pc = 0;
   u32 active = 0;
-  bool uniform = true, waiting = false, fenced = true;
+  bool uniform = true, waiting = false;
   int pcs[32];
   u64* R = nullptr;
   u32 sync = 0;
@@ -853,7 +852,6 @@ struct Machine {
           for (int k = 0; k < I.vec; k++) memcpy(buf + k * b, &row(s[2 + k])[l], b);
           store(g, a, b * I.vec, buf, pc, w, l, b);
         }
-        w.fenced = g && w.fenced;
         return;
       }
       case CPASYNC:

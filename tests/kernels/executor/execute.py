@@ -33,11 +33,11 @@ shared memory read before written|race of warps, shared|race of warps, global|ra
 asynchronous copy not waited for|divergence at a synchronisation|deadlock at a barrier
 instruction limit or unknown instruction|lanes without convergence, shared
 lanes without convergence, global|same value written twice, shared|same value written twice, global
-same value written by two programs|asynchronous copy never waited for|uninitialised register
+same value written by two programs|asynchronous copy never waited for
 tensor cores without a fence|lanes of one store disagree""".replace("\n", "|").split("|")
 
-HARMLESS = {n for n, kind in enumerate(KINDS) if kind.startswith(("lanes", "same"))}
-HARMLESS |= {KINDS.index("asynchronous copy never waited for")}
+HARMLESS = {kind for kind in KINDS if kind.startswith(("lanes", "same"))}
+HARMLESS |= {"asynchronous copy never waited for"}
 """What cannot change a result: hardware runs lanes in step, and equal values cannot differ."""
 
 BASE = 0x7E00_0000_0000
@@ -208,7 +208,6 @@ class Session:
     """All launches since `clear`, and what compiled them."""
 
     def __init__(self) -> None:
-        self.architecture = 80
         self.compile: Any = None
         self.ran: list[tuple[str, list[Finding]]] = []
         """Kernels, and what was found."""
@@ -269,7 +268,7 @@ def install(architecture: int) -> Session:
             return 0
 
     session = Session()
-    session.architecture, session.compile = architecture, JITFunction.run
+    session.compile = JITFunction.run
     driver.set_active(Driver())
 
     def launch(
