@@ -45,9 +45,7 @@ def most_spills(kernel, case, architecture):
         return 4
     if kernel == "owned_backward_kernel" and case.startswith("windows") and mode == "sda full":
         return 6
-    if kernel == "momentum_backward_kernel":
-        return 1 if mode == "rba final" else 40
-    return 0
+    return 40 if kernel == "momentum_backward_kernel" and mode != "rba final" else 0
 
 
 def compile_and_check(architecture, dtype, only, folder):
