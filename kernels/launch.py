@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,11 @@ from .library import plain_only
 from .verification import trusted
 
 
-@cache
+_TRITON = importlib.util.find_spec("triton") is not None  # not asked later: some compilers cannot
+
+
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def interpreting() -> bool:

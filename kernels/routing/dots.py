@@ -8,6 +8,9 @@ the operands rounded to TF32, "exact" for one product of operands that TF32 hold
 import triton
 import triton.language as tl
 
+LEAST_K = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+"""Fewest columns of a matrix, and rows of another, that Triton multiplies in 32 bits."""
+
 
 @triton.jit
 def rounded(x):

@@ -99,7 +99,7 @@ def kept_weight_gradient_kernel(
     dW_ptr,
     B,
     N,
-    NS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     K: tl.constexpr,
     J: tl.constexpr,
     D: tl.constexpr,
@@ -112,43 +112,36 @@ def kept_weight_gradient_kernel(
     WINDOWS: tl.constexpr = None,
 ):
     """dW of a few input capsules (8, 14), which share the loads of ds, in the order of
-    `transposed_place`. NS are the numbers from 0 to theirs; the last program's may be the last
-    input capsule more than once.
+    `transposed_place`. TOGETHER is how many; the last program's may be the last input capsule more
+    than once.
     """
-    i = tl.program_id(0).to(tl.int64) * len(NS)
+    i = tl.program_id(0).to(tl.int64) * TOGETHER
     j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     k = tl.arange(0, BLOCK_K)[:, None, None]
-    dW = [tl.zeros([WARPS, BLOCK_J * BLOCK_D // WARPS, BLOCK_K], ACC) for n in NS]
     ds = fragments.transposed_outputs(ds_ptr, BLOCK_J, BLOCK_D, WARPS)
-    x = [
-        transposed_inputs(
-            u_ptr, c_ptr, tl.minimum(i + n, N - 1), 0, B, N, K, BLOCK_K, BLOCK_J, WARPS, WINDOWS
-        )
-        for n in NS
-    ]
+    dW = ()
+    x = ()
+    for n in tl.static_range(TOGETHER):
+        dW += (tl.zeros([WARPS, BLOCK_J * BLOCK_D // WARPS, BLOCK_K], ACC),)
+        p = tl.minimum(i + n, N - 1)
+        x += (transposed_inputs(u_ptr, c_ptr, p, 0, B, N, K, BLOCK_K, BLOCK_J, WARPS, WINDOWS),)
     for start in range(0, B, 16):
         after = tl.minimum(start + 16, (B - 1) // 16 * 16).to(tl.int64)
         p_ds = ds_ptr + after * (BLOCK_J * BLOCK_D)
         next_ds = fragments.transposed_outputs(p_ds, BLOCK_J, BLOCK_D, WARPS)
-        next_x = [
-            transposed_inputs(
-                u_ptr,
-                c_ptr,
-                tl.minimum(i + n, N - 1),
-                after,
-                B,
-                N,
-                K,
-                BLOCK_K,
-                BLOCK_J,
-                WARPS,
-                WINDOWS,
+        next_x = ()
+        for n in tl.static_range(TOGETHER):
+            p = tl.minimum(i + n, N - 1)
+            next_x += (
+                transposed_inputs(
+                    u_ptr, c_ptr, p, after, B, N, K, BLOCK_K, BLOCK_J, WARPS, WINDOWS
+                ),
             )
-            for n in NS
-        ]
-        dW = [grown(dW[n], ds, x[n][0], x[n][1], PRECISION, ACC) for n in NS]
-        ds, x = next_ds, next_x
-    for n in tl.static_range(len(NS)):
+        sums = ()
+        for n in tl.static_range(TOGETHER):
+            sums += (grown(dW[n], ds, x[n][0], x[n][1], PRECISION, ACC),)
+        dW, ds, x = sums, next_ds, next_x
+    for n in tl.static_range(TOGETHER):
         p_dW = dW_ptr + (((i + n) * K + k) * J + j) * D + d
         m_dW = (i + n < N) & (k < K) & m
         tl.store(p_dW, fragments.weight_tile(dW[n], BLOCK_J, BLOCK_D), m_dW)

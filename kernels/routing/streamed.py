@@ -263,7 +263,7 @@ def kept_backward_kernel(
     du_ptr,
     B,
     N,
-    KS: tl.constexpr,
+    K: tl.constexpr,
     J: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -274,23 +274,27 @@ def kept_backward_kernel(
 ):
     """du of one input capsule (8, 14), rba "final", from the couplings c [N, J, B] of forward.
 
-    ds is [J, B, D]. KS are the numbers k from 0 to K - 1: each component of du has a sum
-    [B, BLOCK_J, D] of its own, so that output capsules add up in place, BLOCK_J at a time, and only
-    the last sum, over what is left of them and d, crosses lanes.
+    ds is [J, B, D]. Each component of du has a sum [B, BLOCK_J, D] of its own, so that output
+    capsules add up in place, BLOCK_J at a time, and only the last sum, over what is left of them
+    and d, crosses lanes.
     """
     tiles = tl.cdiv(B, BLOCK_B)
     i = (tl.program_id(0) // tiles).to(tl.int64)
     b = (tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
     d = tl.arange(0, BLOCK_D)[None, None, :]
-    K: tl.constexpr = len(KS)
-    du = [tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC) for k in KS]
+    du = ()
+    for _ in tl.static_range(K):
+        du += (tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC),)
     for start in range(0, J, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)[None, :, None]
         m_W = (j < J) & (d < D)
         c = tl.load(c_ptr + (i * J + j) * B + b, (b < B) & (j < J), 0)
         g = c * tl.load(ds_ptr + (j * B + b) * D + d, (b < B) & m_W, 0)  # d(u_hat)
         p_W = W_ptr + (i * K * J + j) * D + d
-        du = [du[k] + g * tl.load(p_W + k * J * D, m_W, 0).to(ACC) for k in KS]
+        sums = ()
+        for k in tl.static_range(K):
+            sums += (du[k] + g * tl.load(p_W + k * J * D, m_W, 0).to(ACC),)
+        du = sums
     p_du = du_ptr + tile.capsule(b, i, N, K, WINDOWS)
     for k in tl.static_range(K):
         du_k = tl.sum(tl.sum(du[k], 2, keep_dims=True), 1, keep_dims=True)

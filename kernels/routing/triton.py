@@ -9,6 +9,7 @@ from torch import Tensor
 from ..launch import accumulation_dtype, accumulation_type, launch, padded, split_precision
 from . import chunked, plans
 from .dot_sums import dot_sum_kernel, first_sum_kernel
+from .dots import LEAST_K
 from .kept import kept_backward_dots_kernel, kept_weight_gradient_kernel
 from .on_chip import on_chip_backward_kernel, on_chip_forward_kernel
 from .owned import owned_backward_kernel
@@ -54,7 +55,7 @@ def sum_kernel(
     return dot_sum_kernel, options | dict(
         PRECISION=split_precision(u, W),
         WARPS=p.num_warps,
-        BLOCK_K=max(padded(K), 8),
+        BLOCK_K=max(padded(K), LEAST_K),
         BLOCK_J=max(padded(J), 8),
     )
 
@@ -359,7 +360,7 @@ def owned_backward(
         # d(vote) is in float32 whatever u and W are
         PRECISION_G="rounded" if precision == "exact" else precision,
         WARPS=warps,
-        BLOCK_K=max(padded(K), 8),
+        BLOCK_K=max(padded(K), LEAST_K),
         BLOCK_J=block_j,
         BLOCK_D=block_d,
         ACC=accumulation_type(u, W),
@@ -421,7 +422,7 @@ def kept_input_gradient(
         kept_backward_kernel,
         (triton.cdiv(B, block_b) * N,),
         *(W, c, x[1], du, B, N),
-        KS=tuple(range(K)),
+        K=K,
         J=J,
         D=D,
         BLOCK_B=block_b,
@@ -448,7 +449,7 @@ def kept_weight_gradient(
         kept_weight_gradient_kernel,
         (triton.cdiv(N, together),),
         *(u, c, x[1], dW, B, N),
-        NS=tuple(range(together)),
+        TOGETHER=together,
         **kept_options(u, W, c, p, windows),
     )
 
