@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mocapsnet.kernels import kept, tuning, verification
-from mocapsnet.kernels.launch import interpreting, matmul_precision, triton_installed
+from mocapsnet.kernels.launch import at_precision, interpreting, triton_installed
 
 from .shared import report
 
@@ -223,8 +223,5 @@ def tune_all(args: argparse.Namespace, found: Sequence[Call]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args, others = parse(argv)
     check_device(args)
-    token = matmul_precision.set(args.precision)
-    try:
+    with at_precision(args.precision):
         tune_all(args, network(args, others))
-    finally:
-        matmul_precision.reset(token)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import matmul_precision
+from .launch import at_precision
 
 TF32 = 2.0**-11
 """The rounding error of a number that tensor cores take, relative to it."""
@@ -77,12 +77,9 @@ def check(case: Case, device: torch.device) -> str:
         slack = [
             max(s, 4 * (a - b).abs().max()) for s, a, b in zip(slack, moved, truth, strict=True)
         ]
-    token = matmul_precision.set(case.precision)
-    try:
+    with at_precision(case.precision):
         there = [x.to(device) for x in [*inputs, g]]
         got, again = ([x.cpu() for x in case.run(*there)] for _ in range(2))
-    finally:
-        matmul_precision.reset(token)
     names = ["the output", *(f"the gradient of {name}" for name in case.inputs)]
     wrong = []
     for name, x, t, s in zip(names, got, truth, slack, strict=True):

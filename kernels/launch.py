@@ -83,13 +83,30 @@ class Launch(NamedTuple):
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 
-matmul_precision: ContextVar[str | None] = ContextVar("matmul_precision", default=None)
-"""Stands for torch.get_float32_matmul_precision() where it is set: that is the whole process's."""
+_matmul_precision: ContextVar[str | None] = ContextVar("matmul_precision", default=None)
+
+
+@contextmanager
+def _here(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Sets a variable; backward passes made inside see it too, for they are made in this thread,
+    not in one of the GPU's."""
+    token = variable.set(value)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        variable.reset(token)
+
+
+def at_precision(precision: str) -> AbstractContextManager[None]:
+    """Launches inside take this for torch.get_float32_matmul_precision(), which is the whole
+    process's."""
+    return _here(_matmul_precision, precision)
 
 
 def highest_precision() -> bool:
     """Whether products of float32 numbers shall be as exact as float32 is."""
-    return (matmul_precision.get() or torch.get_float32_matmul_precision()) == "highest"
+    return (_matmul_precision.get() or torch.get_float32_matmul_precision()) == "highest"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -122,11 +139,8 @@ def amd_options(options: dict[str, Any]) -> dict[str, Any]:
 def recording() -> Iterator[list[Launch]]:
     """Collects the launches made inside instead of making them."""
     launches: list[Launch] = []
-    token = _recorded.set(launches)
-    try:
+    with _here(_recorded, launches):
         yield launches
-    finally:
-        _recorded.reset(token)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -59,6 +59,8 @@ def device_of(text: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise argparse.ArgumentTypeError("PyTorch finds no CUDA device here; use cpu")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)
     return device
 
