@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import at_precision
+from .launch import Launch, at_precision, compile_ahead, recording
 
 TF32 = 2.0**-11
 """The rounding error of a number that tensor cores take, relative to it."""
@@ -94,6 +95,18 @@ def check(case: Case, device: torch.device) -> str:
             if not torch.equal(x, y)
         ]
     return "; ".join(wrong)
+
+
+def compile_all(cases: Iterable[Case], device: torch.device) -> None:
+    """Compiles the kernels of all cases, many at a time. What fails will say why in `check`."""
+    launches: list[Launch] = []
+    for case in cases:
+        with suppress(Exception), at_precision(case.precision), recording() as made:
+            inputs = [torch.zeros(shape, dtype=dtype) for shape, dtype in case.inputs.values()]
+            output = case.reference(*(x.double() for x in inputs))
+            case.run(*(x.to(device) for x in [*inputs, output.to(inputs[0].dtype)]))
+            launches += made
+    compile_ahead(launches, device)
 
 
 def differentiated(case: Case, *args: Tensor) -> list[Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -141,6 +142,22 @@ def recording() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     with _here(_recorded, launches):
         yield launches
+
+
+def compile_ahead(launches: Iterable[Launch], device: torch.device) -> None:
+    """Compiles kernels for recorded launches on a GPU, many at a time; one that does not compile
+    says why when it is launched."""
+    different = {}
+    for launch in launches:
+        args = [x.dtype if isinstance(x, Tensor) else x for x in launch.args]
+        different[launch.kernel, f"{args} {sorted(launch.options.items())}"] = launch
+
+    def compile_one(launch: Launch) -> None:
+        with torch.cuda.device(device), suppress(Exception):
+            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(compile_one, different.values()))
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:

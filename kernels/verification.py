@@ -167,13 +167,17 @@ def apart(function: Callable[[], Verdict]) -> Verdict:
 
 def compare(family: str, device: torch.device, of: str = "cases") -> Verdict:
     """Runs the cases of a family; `of` names their function in its `cases.py`."""
-    from .cases import check
+    from .cases import check, compile_all
+    from .launch import interpreting
 
     began = time.perf_counter()
     names: list[str] = []
     failures: dict[str, str] = {}
     unfinished = ""
-    for case in getattr(importlib.import_module(f"..{family}.cases", __name__), of)():
+    cases = list(getattr(importlib.import_module(f"..{family}.cases", __name__), of)())
+    if device.type == "cuda" and not interpreting():
+        compile_all(cases, device)
+    for case in cases:
         names.append(str(case))
         try:
             wrong = check(case, device)
