@@ -17,7 +17,6 @@ from . import checks
 from .library import plain_only
 from .verification import trusted
 
-
 _TRITON = importlib.util.find_spec("triton") is not None  # not asked later: some compilers cannot
 
 
