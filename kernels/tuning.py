@@ -118,17 +118,20 @@ def forget() -> None:
 @contextmanager
 def using(device: torch.device, table: Table) -> Iterator[None]:
     """Launches on a device inside, in all threads, take their plans from this table."""
+    index = device.index
+    if device.type == "cuda" and index is None:  # tensors always have one
+        index = torch.cuda.current_device()
     with _reading:
-        before = _tables.get(device.index)
-        _tables[device.index] = table
+        before = _tables.get(index)
+        _tables[index] = table
     try:
         yield
     finally:
         with _reading:
             if before is None:
-                del _tables[device.index]
+                del _tables[index]
             else:
-                _tables[device.index] = before
+                _tables[index] = before
 
 
 def _first(device: torch.device) -> Table:

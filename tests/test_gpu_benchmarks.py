@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mocapsnet.benchmarks import graph, launches, static
-from mocapsnet.benchmarks.shared import tuner
+from mocapsnet.benchmarks.shared import report, tuner
 from mocapsnet.kernels import tuning
 from mocapsnet.kernels.launch import recording
 from mocapsnet.kernels.squash import triton as squash
@@ -189,3 +189,18 @@ def test_a_table_stands_for_the_gpu_s_own_for_a_while(monkeypatch):
         assert (None in tuning._tables) == known
         assert tuning.table(cpu) is own
     tuning.forget()
+
+
+def test_the_current_gpu_is_meant_where_none_is_named(monkeypatch):
+    """Tensors on a GPU always have its index, by which its table is found."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert report.device_of("cuda") == torch.device("cuda", 1)
+    assert report.device_of("cuda:3") == torch.device("cuda", 3)
+    assert chosen == [torch.device("cuda", 1), torch.device("cuda", 3)]
+    tuning.forget()
+    with tuning.using(torch.device("cuda"), tuning.STATIC):
+        assert tuning.table(torch.device("cuda", 1)) is tuning.STATIC
+    assert not tuning._tables

@@ -1,6 +1,7 @@
 """Kernels are verified where they run. Here they run in Triton's interpreter, on CPU tensors that
 pass for those of a GPU, or on a GPU if there is one."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mocapsnet.kernels import cases as kernel_cases
 from mocapsnet.kernels import launch, routing, squash, verdicts, verification, verify
 from mocapsnet.kernels.cases import Case, check
 from mocapsnet.kernels.momentum import cases as momentum_cases
@@ -381,3 +383,52 @@ def test_products_rounded_to_tf32_are_seen_where_they_should_be_exact():
     case = Case("product", inputs, run, torch.matmul)
     assert "the output is off by" in check(case, torch.device("cpu"))
     assert check(case._replace(precision="high"), torch.device("cpu")) == ""
+
+
+def test_kernels_are_compiled_ahead_each_once(monkeypatch):
+    """What a family launches, with the options and dtypes of its cases; failures wait."""
+    compiled = []
+
+    class Kernel:
+        def warmup(self, *args, grid, **options):
+            compiled.append((self, options["BLOCK"], args[0].dtype, grid))
+            if options["BLOCK"] == 2:
+                raise RuntimeError("does not compile")
+
+    one, other = Kernel(), Kernel()
+    x, y = torch.zeros(3), torch.zeros(3, dtype=torch.float16)
+    launches = [
+        launch.Launch(kernel, (n,), (t, 5), {"BLOCK": block})
+        for n, (kernel, t, block) in enumerate(
+            [(one, x, 1), (one, x.clone(), 1), (one, y, 1), (other, x, 2), (one, x, 4)]
+        )
+    ]
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    launch.compile_ahead(launches, torch.device("cuda", 0))
+    found = sorted((kernel is one, block, str(dtype)) for kernel, block, dtype, _ in compiled)
+    assert found == [
+        (False, 2, "torch.float32"),
+        (True, 1, "torch.float16"),
+        (True, 1, "torch.float32"),
+        (True, 4, "torch.float32"),
+    ]
+
+
+def test_all_that_a_family_s_cases_launch_is_compiled_ahead(monkeypatch):
+    ahead = []
+    monkeypatch.setattr(kernel_cases, "compile_ahead", lambda launches, _: ahead.extend(launches))
+    broken = next(iter(squash_cases.cases()))._replace(run=lambda *args: 1 / 0)
+    kernel_cases.compile_all([broken, *squash_cases.cases()], torch.device("cpu"))
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    assert [x.args[0].dtype for x in ahead] == [d for d in dtypes for _ in range(2)]
+    names = [x.kernel.__name__ for x in ahead]
+    assert names == ["forward_kernel", "backward_kernel"] * 3
+
+
+def test_recorded_launches_include_those_of_backward():
+    """On a GPU it is made in another thread, which does not see what this one has set."""
+    assert torch._C._is_multithreading_enabled()
+    with launch.recording(), launch.at_precision("high"):
+        assert not torch._C._is_multithreading_enabled()
+        assert not launch.highest_precision()
+    assert torch._C._is_multithreading_enabled() and launch.highest_precision()
