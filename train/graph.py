@@ -8,7 +8,7 @@ images and how they are seen, and the learning rate, it reads from tensors that 
 Before a graph is relied on, it is replayed a few times, and the losses, and where the weights have
 gone, are compared with those of eager steps; all that these steps change is put back.
 
-Not tried on a GPU; tests replay captured operations on the CPU.
+On an H200 a training on the digits was captured and replayed; tests replay on the CPU.
 """
 
 from __future__ import annotations

@@ -16,6 +16,17 @@ import triton.language as tl
 from .tile import sample
 
 
+@triton.constexpr_function
+def smaller(a, b):
+    """Of two constants; by min, Triton before 3.6 makes tensors of them."""
+    return min(a, b)
+
+
+@triton.constexpr_function
+def larger(a, b):
+    return max(a, b)
+
+
 @triton.jit
 def lanes(SIZE: tl.constexpr, V: tl.constexpr, WARPS: tl.constexpr):
     """Of a row of SIZE numbers: which of V neighbours, t, g, warp, and the rest, each [SIZE]."""
@@ -34,9 +45,9 @@ def outputs(
     WARPS: tl.constexpr,
 ):
     """A tile [16, J, D] of x [.., J, D], from its first of `rows` rows on, as a product lies."""
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = smaller(WARPS, BLOCK_J // 8)
     JQ: tl.constexpr = BLOCK_J // (8 * WJ)
-    V: tl.constexpr = min(4, BLOCK_D * WJ // WARPS)
+    V: tl.constexpr = smaller(4, BLOCK_D * WJ // WARPS)
     DQ: tl.constexpr = BLOCK_D * WJ // (WARPS * V)
     v, t, g, w, e = lanes(16 * BLOCK_J * BLOCK_D, V, WARPS)
     row = e // (2 * JQ * DQ) * 8 + g
@@ -67,9 +78,9 @@ def half_of_weights(
     Lanes whose rows of W lie in the same banks load one the first part, another the second part
     of what both need: half as many conflicts.
     """
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = smaller(WARPS, BLOCK_J // 8)
     JQ: tl.constexpr = BLOCK_J // (8 * WJ)
-    V: tl.constexpr = min(4, BLOCK_D * WJ // WARPS)
+    V: tl.constexpr = smaller(4, BLOCK_D * WJ // WARPS)
     DQ: tl.constexpr = BLOCK_D * WJ // (WARPS * V)
     ALONG_D: tl.constexpr = not TO_INPUTS and DQ > 1
     DH: tl.constexpr = DQ // 2 if ALONG_D else DQ
@@ -122,9 +133,9 @@ def weights(
     """W_i as the second factor of votes [WARPS, K, D J / WARPS], or if TO_INPUTS of du
     [WARPS, D J / WARPS, K]. What is summed over is in the order of `inputs` and `operand`.
     """
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = smaller(WARPS, BLOCK_J // 8)
     JQ: tl.constexpr = BLOCK_J // (8 * WJ)
-    V: tl.constexpr = min(4, BLOCK_D * WJ // WARPS)
+    V: tl.constexpr = smaller(4, BLOCK_D * WJ // WARPS)
     DQ: tl.constexpr = BLOCK_D * WJ // (WARPS * V)
     ALONG_D: tl.constexpr = not TO_INPUTS and DQ > 1
     first, second = halves
@@ -163,9 +174,9 @@ def whole_weights(
     WARPS: tl.constexpr,
 ):
     """What `weights` makes, by one load in place, which takes fewer registers."""
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = smaller(WARPS, BLOCK_J // 8)
     JQ: tl.constexpr = BLOCK_J // (8 * WJ)
-    V: tl.constexpr = min(4, BLOCK_D * WJ // WARPS)
+    V: tl.constexpr = smaller(4, BLOCK_D * WJ // WARPS)
     DQ: tl.constexpr = BLOCK_D * WJ // (WARPS * V)
     v, t, g, w, e = lanes(BLOCK_K * BLOCK_J * BLOCK_D, V, WARPS)
     half = e // (DQ * JQ) % 2
@@ -241,7 +252,7 @@ def tile(x, J: tl.constexpr, D: tl.constexpr):
     """[B, J, D] of a product [WARPS, B, D J / WARPS]."""
     WARPS: tl.constexpr = x.shape[0]
     B: tl.constexpr = x.shape[1]
-    WJ: tl.constexpr = min(WARPS, J // 8)
+    WJ: tl.constexpr = smaller(WARPS, J // 8)
     x = tl.reshape(x, [WARPS // WJ, WJ, B, D * WJ // WARPS, J // (8 * WJ), 8])
     return tl.reshape(tl.permute(x, (2, 4, 1, 5, 0, 3)), [B, J, D])
 
@@ -253,7 +264,7 @@ def operand(x, WARPS: tl.constexpr, TRANSPOSED: tl.constexpr):
     B: tl.constexpr = x.shape[0]
     J: tl.constexpr = x.shape[1]
     D: tl.constexpr = x.shape[2]
-    WJ: tl.constexpr = min(WARPS, J // 8)
+    WJ: tl.constexpr = smaller(WARPS, J // 8)
     x = tl.reshape(x, [B, J // (8 * WJ), WJ, 4, 2, WARPS // WJ, D * WJ // WARPS])
     if TRANSPOSED:
         y = tl.reshape(tl.permute(x, (5, 2, 6, 1, 3, 4, 0)), [WARPS, D * J // WARPS, B])
@@ -267,7 +278,7 @@ def weight_tile(dW, J: tl.constexpr, D: tl.constexpr):
     """[K, J, D] of a product [WARPS, D J / WARPS, K]."""
     WARPS: tl.constexpr = dW.shape[0]
     K: tl.constexpr = dW.shape[2]
-    WJ: tl.constexpr = min(WARPS, J // 8)
+    WJ: tl.constexpr = smaller(WARPS, J // 8)
     dW = tl.reshape(dW, [WARPS // WJ, WJ, D * WJ // WARPS, J // (8 * WJ), 8, K])
     return tl.reshape(tl.permute(dW, (5, 3, 1, 4, 0, 2)), [K, J, D])
 
@@ -283,7 +294,7 @@ def coupling_place(b, j, BLOCK_J: tl.constexpr):
 @triton.jit
 def place_of_coupling(c_ptr, i, b, j, B, J: tl.constexpr, FRAGMENTS: tl.constexpr):
     """Pointers to couplings as [N, J, B], or if FRAGMENTS, in the order of `coupling_place`."""
-    BLOCK_J: tl.constexpr = max(triton.next_power_of_2(J), 8)
+    BLOCK_J: tl.constexpr = larger(triton.next_power_of_2(J), 8)
     if FRAGMENTS:
         p = c_ptr + i * (tl.cdiv(B, 16) * 16).to(tl.int64) * BLOCK_J + coupling_place(b, j, BLOCK_J)
     else:
@@ -307,7 +318,7 @@ def store_couplings(p_c, c, samples):
 def couplings(p_c, samples, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, WARPS: tl.constexpr):
     """Kept couplings [WARPS, B, 1, J WARPS / WARPS_J] of some samples, for products with d(vote) as
     the first factor of du: J as in `operand`."""
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = smaller(WARPS, BLOCK_J // 8)
     JQ: tl.constexpr = BLOCK_J // (8 * WJ)
     v, t, g, w, e = lanes(BLOCK_B * BLOCK_J * WARPS // WJ, 4, WARPS)
     place = ((e * WJ + w % WJ) * 32 + g * 4 + t) * 4 + v
@@ -319,7 +330,7 @@ def couplings(p_c, samples, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, WARPS:
 @triton.jit
 def transposed_couplings(p_c, BLOCK_J: tl.constexpr, WARPS: tl.constexpr):
     """Kept couplings [WARPS, 1, J WARPS / WARPS_J, 16] of 16 samples, as the first factor of dW."""
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = smaller(WARPS, BLOCK_J // 8)
     JQ: tl.constexpr = BLOCK_J // (8 * WJ)
     _, t, g, w, e = lanes(16 * BLOCK_J * WARPS // WJ, 1, WARPS)
     j = (e // 4 * WJ + w % WJ) * 8 + g
@@ -331,9 +342,9 @@ def transposed_couplings(p_c, BLOCK_J: tl.constexpr, WARPS: tl.constexpr):
 @triton.jit
 def transposed_place(b, j, d, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WARPS: tl.constexpr):
     """Where ds of a sample lies for `transposed_outputs`: 16 samples after another."""
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = smaller(WARPS, BLOCK_J // 8)
     JQ: tl.constexpr = BLOCK_J // (8 * WJ)
-    V: tl.constexpr = min(4, BLOCK_D * WJ // WARPS)
+    V: tl.constexpr = smaller(4, BLOCK_D * WJ // WARPS)
     DQ: tl.constexpr = BLOCK_D * WJ // (WARPS * V)
     w = d // (DQ * V) * WJ + j // 8 % WJ
     e = d // V % DQ + DQ * (j // (8 * WJ) + JQ * (b % 16 // 4))
@@ -344,9 +355,9 @@ def transposed_place(b, j, d, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WARP
 @triton.jit
 def transposed_outputs(p_x, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WARPS: tl.constexpr):
     """ds of 16 samples [WARPS, D WARPS_J / WARPS, J / WARPS_J, 16], as the first factor of dW."""
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = smaller(WARPS, BLOCK_J // 8)
     JQ: tl.constexpr = BLOCK_J // (8 * WJ)
-    V: tl.constexpr = min(4, BLOCK_D * WJ // WARPS)
+    V: tl.constexpr = smaller(4, BLOCK_D * WJ // WARPS)
     DQ: tl.constexpr = BLOCK_D * WJ // (WARPS * V)
     x = tl.load(p_x + tl.arange(0, 16 * BLOCK_J * BLOCK_D))
     x = tl.reshape(x, [4, JQ, DQ, WARPS // WJ, WJ, 8, 4, V])

@@ -33,7 +33,7 @@ def kept_backward_dots_kernel(
     """du of a tile of the batch and a slice of the input capsules (8, 14), from ds [B, J, D], whose
     rows are BLOCK_J and BLOCK_D long.
     """
-    WJ: tl.constexpr = min(WARPS, BLOCK_J // 8)
+    WJ: tl.constexpr = fragments.smaller(WARPS, BLOCK_J // 8)
     start = tl.program_id(0).to(tl.int64) * BLOCK_B
     row = start + tl.arange(0, BLOCK_B)[:, None].to(tl.int64)
     j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)

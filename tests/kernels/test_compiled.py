@@ -11,7 +11,10 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+SPILLS_COUNT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+"""Plans are made for the code that this Triton makes; before it products had 16 columns at least."""
 
 ON_CHIP = {"on_chip_forward_kernel", "on_chip_backward_kernel", "weight_gradient_kernel"}
 STREAMED = {  # and the kernel of du, and for rba that of the first sum
@@ -72,7 +75,7 @@ def compile_and_check(architecture, dtype, only, folder):
             assert row["predicted"] == limits[row["bound"]] == max(limits.values()) > 0, row
         assert row["shared"] <= row["shared_limit"], row
         assert row["resident"] >= 1, row
-        if dtype != "float64":
+        if dtype != "float64" and SPILLS_COUNT:
             assert row["spills"] <= most_spills(row["kernel"], row["case"], architecture), row
     for case in {row["case"] for row in rows if "layer" in row["case"]}:
         kernels = {row["kernel"] for row in rows if row["case"] == case}
