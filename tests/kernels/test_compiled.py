@@ -14,7 +14,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 SPILLS_COUNT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-"""Plans are made for the code that this Triton makes; before it products had 16 columns at least."""
+"""Plans are made for the code of this Triton; before it products had 16 columns at least."""
 
 ON_CHIP = {"on_chip_forward_kernel", "on_chip_backward_kernel", "weight_gradient_kernel"}
 STREAMED = {  # and the kernel of du, and for rba that of the first sum
