@@ -50,6 +50,9 @@ _verifying = threading.Lock()
 
 _log = logging.getLogger("mocapsnet")
 
+TOLD = "verifying the kernels of %s on %s, once; compiling them may take a minute"
+"""At a level that is shown unasked: the call seems to hang."""
+
 
 def trusted(family: str, device: torch.device) -> bool:
     """Whether calls on this GPU take the kernels of a family; verifies them if nobody has yet.
@@ -148,7 +151,7 @@ def _settle(family: str, device: torch.device, again: bool) -> Verdict:
             with verdicts.alone(family, place):
                 verdict = None if again else verdicts.read(family, place)  # another's, by now
                 if verdict is None:
-                    _log.info("verifying the kernels of %s on %s, once", family, place["GPU"])
+                    _log.warning(TOLD, family, place["GPU"])
                     verdict = apart(lambda: compare(family, device))
                     if not verdict.unfinished:
                         verdicts.write(verdict)

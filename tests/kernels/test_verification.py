@@ -87,7 +87,7 @@ def test_the_first_call_verifies_and_the_verdict_is_kept(compared, s, caplog):
     squash(s)
     assert compared == ["squash"]  # another process reads it
     assert [record.getMessage() for record in caplog.records] == [
-        f"verifying the kernels of squash on {kept['where']['GPU']}, once"
+        verification.TOLD % ("squash", kept["where"]["GPU"])
     ]
 
 
