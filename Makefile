@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev ## run the tests, two at a time
 test-gpu: $(VENV)/.installed-dev ## run the kernels' tests natively on an NVIDIA GPU
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 		"no NVIDIA GPU that PyTorch can use: `make test` runs the same tests in an interpreter")'
-	$(BIN)/python -m pytest tests/kernels tests/mocapsnet $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/kernels tests/mocapsnet $(ARGS)
 
 test-compiled: $(VENV)/.installed-dev ## compile every kernel for every GPU generation; needs no GPU
 	$(BIN)/python -m pytest tests/kernels/test_compiled.py -m whole_matrix -s $(ARGS)
