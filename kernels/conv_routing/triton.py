@@ -108,19 +108,20 @@ def backward(
     plan = planned(weights, sums)
     dv = dv.contiguous().flatten(0, 2)
     x = routing.output_gradients(dv, grid, weights, sums, couplings, *modes, plan, addresses)
+    are_kept, of_place = kept.dim() > 1, planned(W[0, 0], sums)
+    of_places = couplings.unflatten(0, W.shape[:3]) if are_kept else couplings
     for dy, dx in product(range(windows.kh), range(windows.kw)):
-        W_place, p = W[dy, dx], planned(W[dy, dx], sums)
-        u_place, du_place = grid[:, dy:, dx:], du[:, dy:, dx:]
-        if kept.dim() > 1:
-            c = couplings.unflatten(0, W.shape[:3])[dy, dx]
+        W_place, u_place, du_place = W[dy, dx], grid[:, dy:, dx:], du[:, dy:, dx:]
+        if are_kept:
+            c = of_places[dy, dx]
             routing.kept_input_gradient(
-                u_place, W_place, c, x, du_place, sums.shape[1], p, addresses
+                u_place, W_place, c, x, du_place, sums.shape[1], of_place, addresses
             )
         else:
             routing.streamed_backward(
-                u_place, W_place, x, kept, du_place, dW[dy, dx], sums, *modes, p, addresses
+                u_place, W_place, x, kept, du_place, dW[dy, dx], sums, *modes, of_place, addresses
             )
-    if kept.dim() > 1:  # dW of all places at once
+    if are_kept:  # dW of all places at once
         routing.kept_weight_gradient(
             grid, weights, couplings, x, dW.flatten(0, 2), sums.shape[1], plan, addresses
         )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device
-from ..launch import accumulation_type, launch, padded
+from ..launch import accumulation_type, cdiv, launch, padded
 
 ELEMENTS = 1024
 """Elements of one program's tile."""
@@ -109,7 +109,7 @@ def run(kernel: triton.JITFunction, features: Tensor, dim: int, *tensors: Tensor
     block = max(1, min(ELEMENTS // padded(dim), padded(positions)))
     launch(
         kernel,
-        (B * G, triton.cdiv(positions, block)),
+        (B * G, cdiv(positions, block)),
         *tensors,
         G=G,
         K=dim,

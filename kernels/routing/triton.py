@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launch import accumulation_dtype, accumulation_type, launch, padded, split_precision
+from ..launch import accumulation_dtype, accumulation_type, cdiv, launch, padded, split_precision
 from . import chunked, plans
 from .dot_sums import dot_sum_kernel, first_sum_kernel
 from .dots import LEAST_K
@@ -74,7 +73,7 @@ def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
 def in_tiles(N: int, J: int, B: int) -> tuple[int, ...]:
     """Shape of couplings as tensor cores take them, [N, tiles, J, 16], J and tiles padded; see
     `fragments.coupling_place`."""
-    return N, triton.cdiv(B, 16), max(padded(J), 8), 16
+    return N, cdiv(B, 16), max(padded(J), 8), 16
 
 
 def forward(
@@ -145,7 +144,7 @@ def streamed_forward(
     kernel, options = sum_kernel(p, u, W, sda, False, windows)
     has_bias = bias is not None
     bias = v if bias is None else bias.contiguous()
-    slices = triton.cdiv(N, p.per_slice)
+    slices = cdiv(N, p.per_slice)
     partial = s.new_empty(slices, B, J, D)
     V = torch.empty_like(s[0])
     for r in range(R):
@@ -153,7 +152,7 @@ def streamed_forward(
             block_b, block_jd = 32, min(max(padded(J) * padded(D), 16), 128)
             launch(
                 first_sum_kernel,
-                (triton.cdiv(B, block_b), slices, triton.cdiv(J * D, block_jd)),
+                (cdiv(B, block_b), slices, cdiv(J * D, block_jd)),
                 *(u, W, partial, B, N, p.per_slice),
                 K=K,
                 J=J,
@@ -170,7 +169,7 @@ def streamed_forward(
         else:
             launch(
                 kernel,
-                (triton.cdiv(B, p.block_b), slices),
+                (cdiv(B, p.block_b), slices),
                 *(u, W, V, V, kept, partial, B, N, p.per_slice),
                 UNIFORM=r == 0,
                 GRADIENT=False,
@@ -303,7 +302,7 @@ def streamed_backward(
         end = min(begin + step, N)
         launch(
             streamed_backward_kernel,
-            (triton.cdiv(B, block_b), triton.cdiv(end - begin, p.per_slice)),
+            (cdiv(B, block_b), cdiv(end - begin, p.per_slice)),
             *(u, W, x, du, a, B, N, begin, end, p.per_slice),
             K=K,
             J=J,
@@ -339,10 +338,10 @@ def owned_backward(
     B, (N, K, J, D) = x.shape[1], W.shape
     block_j, block_d = max(padded(J), 8), padded(D)
     warps = max(block_j * block_d // 64, 1)
-    tiles = triton.cdiv(B, 16)
+    tiles = cdiv(B, 16)
     programs = plans.OWNED_PROGRAMS * plans.multiprocessors_of(u.device)
-    tiles_of_part = triton.cdiv(tiles, max(1, programs // N))
-    parts = triton.cdiv(tiles, tiles_of_part)
+    tiles_of_part = cdiv(tiles, max(1, programs // N))
+    parts = cdiv(tiles, tiles_of_part)
     sums = dW if parts == 1 else x.new_empty(parts, *W.shape)
     precision = split_precision(u, W)
     launch(
@@ -409,7 +408,7 @@ def kept_input_gradient(
         p = backward_plan(p, B, W, x)
         launch(
             kept_backward_dots_kernel,
-            (triton.cdiv(B, p.block_b), triton.cdiv(N, p.per_slice)),
+            (cdiv(B, p.block_b), cdiv(N, p.per_slice)),
             *(W, c, x[0], du, B, N, p.per_slice),
             BLOCK_B=p.block_b,
             **kept_options(u, W, c, p, windows),
@@ -420,7 +419,7 @@ def kept_input_gradient(
     block_b = max(1, min(8192 // (padded(K) * padded(D) * x.itemsize), padded(B)))
     launch(
         kept_backward_kernel,
-        (triton.cdiv(B, block_b) * N,),
+        (cdiv(B, block_b) * N,),
         *(W, c, x[1], du, B, N),
         K=K,
         J=J,
@@ -447,7 +446,7 @@ def kept_weight_gradient(
     together = 3 if K <= 8 and p.num_warps <= 4 else 2 if K <= 16 else 1
     launch(
         kept_weight_gradient_kernel,
-        (triton.cdiv(N, together),),
+        (cdiv(N, together),),
         *(u, c, x[1], dW, B, N),
         TOGETHER=together,
         **kept_options(u, W, c, p, windows),
@@ -478,7 +477,7 @@ def output_gradients(
     sides = (rows, block_j, padded(D)) if tiled else (B, J, D)
     x = s.new_empty(max(terms_of(R, full), 2), *sides)
     kernel, options = sum_kernel(p, u, W, sda, full, windows)
-    slices = triton.cdiv(N, p.per_slice)
+    slices = cdiv(N, p.per_slice)
     partial = s.new_empty(slices, B, J, D) if full and R > 1 else x
     dV = torch.empty_like(s[0])
     for r in reversed(range(R)):
@@ -505,7 +504,7 @@ def output_gradients(
             break
         launch(
             kernel,
-            (triton.cdiv(B, p.block_b), slices),
+            (cdiv(B, p.block_b), slices),
             *(u, W, V, ds, ds, partial, B, N, p.per_slice),
             UNIFORM=False,
             GRADIENT=True,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import accumulation_type, dot_precision, launch, padded
+from ..launch import accumulation_type, cdiv, dot_precision, launch, padded
 from . import tile
 
 
@@ -90,7 +90,7 @@ def weight_gradient_kernel(
 def weight_gradient_tile(B: int, N: int, J: int, D: int) -> tuple[int, int]:
     """Output capsules and samples of a tile: 256 columns [J, D] if that makes programs enough."""
     columns = 256
-    while columns > 64 and N * triton.cdiv(padded(J) * padded(D), columns) < 264:
+    while columns > 64 and N * cdiv(padded(J) * padded(D), columns) < 264:
         columns //= 2
     block_j = max(1, min(padded(J), columns // padded(D)))
     return block_j, 16 if block_j * padded(D) > 128 else min(32, max(16, padded(B)))
@@ -121,7 +121,7 @@ def weight_gradient(
     block_j, block_b = weight_gradient_tile(B, end - begin, J, D)
     launch(
         weight_gradient_kernel,
-        (end - begin, triton.cdiv(J, block_j), layers[1] - layers[0]),
+        (end - begin, cdiv(J, block_j), layers[1] - layers[0]),
         *(u, W, a, x, dW, dW if table is None else table, layers[0], B, N, begin, end),
         K=K,
         J=J,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device
-from ..launch import accumulation_type, launch, padded
+from ..launch import accumulation_type, cdiv, launch, padded
 
 ELEMENTS = 2048
 """Elements of one program's tile."""
@@ -71,7 +71,7 @@ def run(kernel: triton.JITFunction, s: Tensor, *others: Tensor) -> None:
     if rows:
         launch(
             kernel,
-            (triton.cdiv(rows, block),),
+            (cdiv(rows, block),),
             s,
             *others,
             rows,

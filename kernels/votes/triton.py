@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import accumulation_type, dot_precision, launch, padded
+from ..launch import accumulation_type, cdiv, dot_precision, launch, padded
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def matmul(a: Tensor, b: Tensor, c: Tensor) -> None:
     block_m, block_n = (min(64, max(16, padded(size))) for size in (M, N))
     launch(
         matmul_kernel,
-        (capsules, triton.cdiv(M, block_m), triton.cdiv(N, block_n)),
+        (capsules, cdiv(M, block_m), cdiv(N, block_n)),
         a,
         b,
         c,
