@@ -147,13 +147,13 @@ def compile_ahead(launches: Iterable[Launch], device: torch.device) -> None:
     """Compiles kernels for recorded launches on a GPU, many at a time; one that does not compile
     says why when it is launched."""
     different = {}
-    for launch in launches:
-        args = [x.dtype if isinstance(x, Tensor) else x for x in launch.args]
-        different[launch.kernel, f"{args} {sorted(launch.options.items())}"] = launch
+    for one in launches:
+        args = [x.dtype if isinstance(x, Tensor) else x for x in one.args]
+        different[one.kernel, f"{args} {sorted(one.options.items())}"] = one
 
-    def compile_one(launch: Launch) -> None:
+    def compile_one(one: Launch) -> None:
         with torch.cuda.device(device), suppress(Exception):
-            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+            one.kernel.warmup(*one.args, grid=one.grid, **one.options)
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         list(pool.map(compile_one, different.values()))

@@ -108,18 +108,18 @@ def backward(
     plan = planned(weights, sums)
     dv = dv.contiguous().flatten(0, 2)
     x = routing.output_gradients(dv, grid, weights, sums, couplings, *modes, plan, addresses)
-    are_kept, of_place = kept.dim() > 1, planned(W[0, 0], sums)
-    of_places = couplings.unflatten(0, W.shape[:3]) if are_kept else couplings
+    are_kept, place_plan = kept.dim() > 1, planned(W[0, 0], sums)
+    by_place = couplings.unflatten(0, W.shape[:3]) if are_kept else couplings
     for dy, dx in product(range(windows.kh), range(windows.kw)):
         W_place, u_place, du_place = W[dy, dx], grid[:, dy:, dx:], du[:, dy:, dx:]
         if are_kept:
-            c = of_places[dy, dx]
+            c = by_place[dy, dx]
             routing.kept_input_gradient(
-                u_place, W_place, c, x, du_place, sums.shape[1], of_place, addresses
+                u_place, W_place, c, x, du_place, sums.shape[1], place_plan, addresses
             )
         else:
             routing.streamed_backward(
-                u_place, W_place, x, kept, du_place, dW[dy, dx], sums, *modes, of_place, addresses
+                u_place, W_place, x, kept, du_place, dW[dy, dx], sums, *modes, place_plan, addresses
             )
     if are_kept:  # dW of all places at once
         routing.kept_weight_gradient(

@@ -84,6 +84,25 @@ def test_a_tile_of_samples_is_a_power_of_two_whatever_K_is(device, monkeypatch):
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("grad", ["final", "full"])
+def test_products_of_16_columns_at_least(grad, device, monkeypatch):
+    """As Triton before 3.8 asks for: K = 8 is padded, the numbers stay."""
+    force("tensor cores", monkeypatch)
+    u, W, g = tensors(device, torch.float32, (17, 3, 8), (3, 8, 5, 6), (17, 5, 6))
+    want = run(
+        routing, (u.double(), W.double()), g.double(), routing_grad=grad, backend="reference"
+    )
+    monkeypatch.setattr(routing_kernels, "LEAST_K", 16)
+    with launch.recording() as launches:
+        run(routing, (u, W), g, routing_grad=grad, backend="triton")
+    widths = {x.kernel.__name__: x.options.get("BLOCK_K") for x in launches}
+    assert widths["dot_sum_kernel"] == 16
+    assert widths.get("owned_backward_kernel") == (16 if grad == "full" else None)
+    got = run(routing, (u, W), g, routing_grad=grad, backend="triton")
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+
+
 def tensors(device, dtype, *shapes, scale=0.7):
     generator = torch.Generator().manual_seed(0)
     return [
