@@ -21,7 +21,7 @@ from mocapsnet.kernels.tuning import Table
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.graph import why_eager
-from mocapsnet.train.optimizers import build_optimizer
+from mocapsnet.train.optimizers import build_optimizer, parameter_groups
 from mocapsnet.train.option_values import resolve
 from mocapsnet.train.options import (
     DataOptions,
@@ -88,7 +88,7 @@ def training(args: argparse.Namespace, graph: str) -> Trainer:
     bare = build(options, some)
     steps = args.steps * options.optim.epochs
     optimizer, schedules = build_optimizer(
-        options.optim, bare.parameters(), steps, accelerator.device
+        options.optim, parameter_groups(options.optim, bare), steps, accelerator.device
     )
     model, optimizer = accelerator.prepare(bare, optimizer)
     return Trainer(

@@ -22,7 +22,11 @@ class MarginLoss(nn.Module):
 
     Args:
         upper, lower: margins m+ and m- on the capsule's length.
-        down_weight: weight of the absent classes.
+        down_weight: weight of each absent class; None for 0.5, and with more than ten classes for
+            0.5 * 9 / (classes - 1), so that all absent classes together weigh what they weigh with
+            ten. With 0.5 each and 200 classes the loss of a short capsule of the true class is a
+            hundredth of what 199 others take part in, and the first thing learned is to make all
+            capsules short.
         reduction: "sum" over the batch, as published, or "mean".
     Shapes: lengths [B, classes], labels [B], class indices of an integer dtype, or shares
         [B, classes] between 0 and 1, of a floating dtype -> scalar.
@@ -35,14 +39,15 @@ class MarginLoss(nn.Module):
         self,
         upper: float = 0.9,
         lower: float = 0.1,
-        down_weight: float = 0.5,
+        down_weight: float | None = 0.5,
         reduction: str = "sum",
     ):
         super().__init__()
         checks.choice("reduction", reduction, ("sum", "mean"))
         checks.number("upper", upper, 0, 1)
         checks.number("lower", lower, 0, 1)
-        checks.number("down_weight", down_weight, 0)
+        if down_weight is not None:
+            checks.number("down_weight", down_weight, 0)
         if lower >= upper:
             raise ValueError(
                 f"lower must be less than upper, the margins of absent and present classes; got "
@@ -62,7 +67,10 @@ class MarginLoss(nn.Module):
         lengths = lengths.float() if lengths.itemsize < 4 else lengths
         T = presence(labels, lengths)
         present = (self.upper - lengths).clamp(min=0).square()
-        absent = self.down_weight * (lengths - self.lower).clamp(min=0).square()
+        weight = self.down_weight
+        if weight is None:
+            weight = 0.5 * min(1.0, 9 / max(1, lengths.shape[1] - 1))
+        absent = weight * (lengths - self.lower).clamp(min=0).square()
         if T.dtype == torch.bool:
             return torch.where(T, present, absent).sum(1)
         return (T * present + (1 - T) * absent).sum(1)

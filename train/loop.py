@@ -32,7 +32,7 @@ from mocapsnet.train.data import ImageSet, hold_out
 from mocapsnet.train.errors import Diverged, Failed, InputError, Interrupted, what_failed
 from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.metrics import MetricsLog, Row
-from mocapsnet.train.optimizers import build_optimizer
+from mocapsnet.train.optimizers import build_optimizer, parameter_groups
 from mocapsnet.train.options import TrainOptions
 from mocapsnet.train.plots import write_pictures
 from mocapsnet.train.prepare import (
@@ -165,7 +165,7 @@ def _train(
     count = len(images.train)
     optimizer, schedules = build_optimizer(
         options.optim,
-        bare_model.parameters(),
+        parameter_groups(options.optim, bare_model),
         epochs * -(-count // batch_size),
         accelerator.device,
     )

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler
 
+from mocapsnet import CapsNet, ConvMoCapsNet
 from mocapsnet.train.options import OptimOptions
 
 DECAY_PER_EPOCH = 0.96
+CLASSES = 10
+"""Of the data sets by which the learning rate was chosen."""
 WARM_UP = 0.05
 """Share of a run's steps over which the cosine schedule rises."""
 FUSED = ("cuda",)
@@ -40,7 +43,9 @@ class FusedAdam(Adam):
     rates: tuple[Tensor, ...] = ()
     """One for each group, on its device; made when they are first set."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], **options: Any):
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **options: Any
+    ):
         super().__init__(parameters, fused=True, **options)
 
     def set_rates(self) -> None:
@@ -77,9 +82,30 @@ class FusedAdam(Adam):
                 group["lr"] = number
 
 
+def parameter_groups(options: OptimOptions, model: CapsNet) -> list[dict[str, Any]]:
+    """The parameters of a network for `build_optimizer`, with a learning rate for each group.
+
+    Adam moves a weight by about its learning rate, whatever the weight's size. Votes for J classes
+    count 1/J each at the start, so length-preserving initialisation draws their weights J times as
+    large, and the same step moves the class capsules J times less. A rate in proportion to the
+    number of classes gives every number of classes the steps that ten have.
+
+    Returns: one group, or the class capsules' weights as a second one.
+    """
+    factor = options.class_lr_factor
+    if factor is None:
+        conv = isinstance(model, ConvMoCapsNet) and options.optimizer == "adam"
+        factor = max(1.0, model.config.classes / CLASSES) if conv else 1.0
+    if factor == 1:
+        return [{"params": list(model.parameters())}]
+    last = list(model.last.parameters())
+    rest = [p for p in model.parameters() if all(p is not own for own in last)]
+    return [{"params": rest}, {"params": last, "lr": factor * options.lr}]
+
+
 def build_optimizer(
     options: OptimOptions,
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     steps: int,
     device: torch.device | None = None,
 ) -> tuple[Optimizer, Schedules]:
@@ -87,7 +113,7 @@ def build_optimizer(
 
     Args:
         options: resolved options.
-        parameters: what to optimise.
+        parameters: what to optimise, or `parameter_groups`.
         device: where they will be; None for the CPU.
         steps: optimiser steps in the whole run. Ranger21 warms up over the first steps (at most
             2,000, or 22 % of a short run) and down over the last 28 %, so it needs the true

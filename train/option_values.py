@@ -104,6 +104,10 @@ def resolve(options: TrainOptions) -> TrainOptions:
     if optim.schedule is None and optim.optimizer == "adam":
         schedule = "cosine" if model.name in (CONV, RESNET) else "exponential"
         optim = dataclasses.replace(optim, schedule=schedule)
+    if model.name in ("mocapsnet", "rescapsnet", "capsnet"):  # else by the number of classes
+        published = {"class_lr_factor": 1.0, "down_weight": 0.5}
+        missing = {k: v for k, v in published.items() if getattr(optim, k) is None}
+        optim = dataclasses.replace(optim, **missing)
     options = dataclasses.replace(options, data=data, model=model, optim=optim)
     _check_ranges(options)
     _check_use(options)
@@ -124,6 +128,7 @@ def _check_ranges(options: TrainOptions) -> None:
     positive = "optim.epochs optim.batch_size optim.gradient_accumulation optim.lr data.limit"
     for name in [
         *positive.split(),
+        "optim.class_lr_factor",
         "data.image_size",
         "optim.planned_steps",
         "watch.patience",
@@ -131,8 +136,9 @@ def _check_ranges(options: TrainOptions) -> None:
         if values[name] is not None and not 0 < values[name] < math.inf:
             raise InputError(f"{flag(name)} must be greater than 0, got {values[name]}")
     seeds = ["optim.seed", "data.split_seed"]
-    for name in ["data.pad", "optim.reconstruction_weight", "optim.weight_decay", *seeds]:
-        if not 0 <= values[name] < math.inf:
+    weights = [f"optim.{n}" for n in ("reconstruction_weight", "weight_decay", "down_weight")]
+    for name in ["data.pad", *weights, *seeds]:
+        if values[name] is not None and not 0 <= values[name] < math.inf:
             raise InputError(f"{flag(name)} must be 0 or greater, got {values[name]}")
     for name, value in values.items():
         bits = 64 if name in seeds else 31
@@ -188,7 +194,9 @@ def _check_use(options: TrainOptions) -> None:
         model = "grouping iterations method routing_grad sda_mean sda_scale bias init skip".split()
         if name == RESNET:
             model = [f.name for f in dataclasses.fields(ModelOptions) if f.name != "name"]
-        optim = "reconstruction_weight reconstruction_target decoder_mask".split()
+        optim = (
+            "class_lr_factor down_weight reconstruction_weight reconstruction_target decoder_mask"
+        ).split()
         refuse(
             [*(f"model.{n}" for n in model), *(f"optim.{n}" for n in optim), "bundles"],
             f"is for networks of capsules; {name} has no routing and no decoder"
@@ -212,6 +220,8 @@ def _check_use(options: TrainOptions) -> None:
     if options.optim.optimizer != "adam":
         names = ["optim.schedule", "optim.weight_decay"]
         refuse(names, f"is for --optimizer adam; {options.optim.optimizer} has its own")
+        if options.optim.class_lr_factor not in (None, 1.0):
+            refuse(["optim.class_lr_factor"], "is for --optimizer adam")
     if options.model.method != "sda":
         refuse(["model.sda_scale"], "is for --method sda")
     if options.optim.optimizer != "ranger21":

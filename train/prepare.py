@@ -17,6 +17,7 @@ from mocapsnet import (
     CapsuleLoss,
     CNNLoss,
     ConvMoCapsNetConfig,
+    MarginLoss,
     ResNetConfig,
     build_model,
 )
@@ -164,4 +165,5 @@ def make_criterion(options: TrainOptions) -> CapsuleLoss:
     """The loss that a network is trained and tested with."""
     if options.model.name in ("cnn", RESNET):
         return CNNLoss()
-    return CapsuleLoss(options.optim.reconstruction_weight)
+    margin = MarginLoss(down_weight=options.optim.down_weight)
+    return CapsuleLoss(options.optim.reconstruction_weight, margin=margin)

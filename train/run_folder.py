@@ -35,7 +35,7 @@ from mocapsnet.train.options import TrainOptions
 
 # Of config.json and of checkpoints. 0, which they do not name: training state in pickles. A new
 # option needs a new format: in files of an older one an option that is missing has its default.
-FORMAT = 6
+FORMAT = 7
 
 CONFIG = "config.json"
 LOCK, HOLDER = ".lock", ".lock-holder.json"
@@ -159,10 +159,19 @@ def read_config(run: Path) -> TrainOptions:
         raise InputError(f"{run} {what}; give a folder that `mocapsnet train` wrote")
     config = _read(path)
     check_format(config, path)
+    options, written = config.get("options"), config.get("format", 0)
     try:
-        return from_json(config.get("options"), complete=config.get("format", 0) == FORMAT)
+        return from_json(_as_it_was(options, written), complete=written == FORMAT)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _as_it_was(options: Any, written: int) -> Any:
+    """The options of a run in whose time one of them had another default."""
+    match options:
+        case {"model": {"name": "conv-mocapsnet"}, "optim": dict(optim)} if written < 7:
+            return options | {"optim": {"class_lr_factor": 1.0, "down_weight": 0.5} | optim}
+    return options
 
 
 def check_images(run: Path, images: data.ImageSet) -> None:

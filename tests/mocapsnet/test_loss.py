@@ -110,6 +110,15 @@ def test_a_wrong_label_ends_a_process_on_a_gpu():
     assert "labels must lie between 0 and 2" in done.stderr or "assert" in done.stderr
 
 
+@pytest.mark.parametrize("classes, weight", [(1, 0.5), (10, 0.5), (11, 0.45), (200, 4.5 / 199)])
+def test_absent_classes_weigh_together_at_most_what_nine_weigh(classes: int, weight: float) -> None:
+    lengths, labels = torch.full((3, classes), 0.5), torch.zeros(3, dtype=torch.long)
+    each = (0.9 - 0.5) ** 2 + weight * (classes - 1) * (0.5 - 0.1) ** 2
+    torch.testing.assert_close(
+        MarginLoss(down_weight=None).each(lengths, labels), torch.full((3,), each)
+    )
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

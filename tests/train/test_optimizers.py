@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mocapsnet.train.optimizers import FusedAdam, build_optimizer, current_lr
+from mocapsnet import ConvMoCapsNet, ConvMoCapsNetConfig, MoCapsNet, build_model
+from mocapsnet.train.optimizers import FusedAdam, build_optimizer, current_lr, parameter_groups
 from mocapsnet.train.options import OptimOptions
 
 from .helpers import assert_equal_nested
@@ -79,6 +80,39 @@ def test_weight_decay_is_that_of_adamw() -> None:
         step(model, optimizer, k)
         step(other, adamw, k)
     assert_equal_nested(model.state_dict(), other.state_dict())
+
+
+def conv(classes: int) -> ConvMoCapsNet:
+    torch.manual_seed(0)
+    config = ConvMoCapsNetConfig.preset((1, 8, 8), classes, capsules=2, stem=(4, 4), class_dim=4)
+    return build_model("conv-mocapsnet", config)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("classes, factor, times", [(10, None, 1), (40, None, 4), (40, 1.0, 1)])
+def test_class_capsules_learn_as_fast_with_many_classes(
+    classes: int, factor: float | None, times: int
+) -> None:
+    model, options = conv(classes), OptimOptions(lr=1e-2, class_lr_factor=factor, schedule="cosine")
+    optimizer, schedules = build_optimizer(options, parameter_groups(options, model), 20)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters())) and schedules.step is not None
+    assert len(optimizer.param_groups) == (1 if times == 1 else 2)
+    for name, parameter in model.named_parameters():
+        own = times if name.startswith("last.") else 1
+        assert rates[id(parameter)] == pytest.approx(own * current_lr(optimizer)), name
+    before = model.last.weight.detach().clone()
+    model(torch.rand(4, 1, 8, 8)).lengths.sum().backward()
+    optimizer.step()
+    moved = (model.last.weight - before).abs().max().item()
+    assert moved == pytest.approx(times * current_lr(optimizer), rel=0.01)  # Adam's first step
+    schedules.step.step()
+    assert optimizer.param_groups[-1]["lr"] == pytest.approx(times * current_lr(optimizer))
+
+
+def test_other_networks_and_ranger21_have_one_rate() -> None:
+    for model in (conv(40), MoCapsNet((1, 8, 8), 40, channels=8, kernel_size=3, stride=1)):
+        options = OptimOptions(optimizer="ranger21" if isinstance(model, ConvMoCapsNet) else "adam")
+        assert len(parameter_groups(options, model)) == 1
 
 
 def test_the_fused_adam_is_adam() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from mocapsnet.train import run_folder
+from mocapsnet.train.option_values import resolve, to_json
+from mocapsnet.train.options import ModelOptions, TrainOptions
 
 from .helpers import checkpoint
 
@@ -77,6 +79,17 @@ def test_a_checkpoint_in_pickles_is_evaluated_but_not_resumed(
     code, _, errors = command("train", "--resume", "run", "--epochs", "2")
     assert code == 2 and "kept its training state in pickles" in errors
     assert "start a new run" in errors and not Path("it-ran").exists()
+
+
+def test_a_run_from_before_an_option_keeps_what_it_had(tmp_path: Path) -> None:
+    """Also where that is no longer the default."""
+    for name, rate, weight in (("conv-mocapsnet", 1.0, 0.5), ("resnet18", None, None)):
+        model = ModelOptions(name=name)  # type: ignore[arg-type]
+        options = to_json(resolve(TrainOptions(model=model)))
+        assert options["optim"].pop("class_lr_factor") is options["optim"].pop("down_weight")
+        (tmp_path / "config.json").write_text(json.dumps({"format": 6, "options": options}))
+        optim = run_folder.read_config(tmp_path).optim
+        assert (optim.class_lr_factor, optim.down_weight) == (rate, weight)
 
 
 @pytest.mark.parametrize("file", ["config.json", "state.json"])

@@ -18,7 +18,7 @@ from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.schedule import Place
 from mocapsnet.train.experiments.states import State
 from mocapsnet.train.memory import KEPT
-from mocapsnet.train.optimizers import build_optimizer
+from mocapsnet.train.optimizers import build_optimizer, parameter_groups
 from mocapsnet.train.option_values import flat
 from mocapsnet.train.options import TrainOptions
 from mocapsnet.train.prepare import build, make_accelerator, make_criterion, network_config
@@ -188,7 +188,8 @@ def _time_steps(options: TrainOptions, images: Images) -> tuple[float, float]:
 
     first, several = random_images(batch), random_images(batch * STEPS)
     model = build(options, first)
-    optimizer, _ = build_optimizer(options.optim, model.parameters(), 1000, accelerator.device)
+    groups = parameter_groups(options.optim, model)
+    optimizer, _ = build_optimizer(options.optim, groups, 1000, accelerator.device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     criterion = make_criterion(options)
     graphed = graph.why_eager(options, accelerator, batch) is None
