@@ -85,10 +85,10 @@ class FusedAdam(Adam):
 def parameter_groups(options: OptimOptions, model: CapsNet) -> list[dict[str, Any]]:
     """The parameters of a network for `build_optimizer`, with a learning rate for each group.
 
-    Adam moves a weight by about its learning rate, whatever the weight's size. Votes for J classes
-    count 1/J each at the start, so length-preserving initialisation draws their weights J times as
-    large, and the same step moves the class capsules J times less. A rate in proportion to the
-    number of classes gives every number of classes the steps that ten have.
+    Adam moves a weight by about its learning rate, whatever the weight's size. A vote for one of J
+    classes counts 1/J at the start, so length-preserving initialisation draws the weights about J
+    times as large, and a step of one size moves the class capsules J times less. A rate in
+    proportion to the number of classes moves them as far as with ten.
 
     Returns: one group, or the class capsules' weights as a second one.
     """

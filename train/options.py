@@ -231,8 +231,9 @@ class OptimOptions:
     """Micro-batches each process splits its share of a batch into; saves memory, same result."""
     class_lr_factor: float | None = None
     """The weights of the class capsules are learned at so many times the learning rate, with adam
-    (None: conv-mocapsnet a tenth of the number of classes, at least 1, else 1). With N classes they
-    are drawn N/10 times as large as with 10, so that the same step changes N/10 times less."""
+    (None: conv-mocapsnet a tenth of the number of classes, at least 1, else 1). A capsule
+    divides its vote among the classes: with N the same step moves class capsules N/10 times less
+    than with 10."""
     down_weight: float | None = None
     """Weight of each absent class in the margin loss (None: 0.5; conv-mocapsnet with more than 10
     classes 4.5 / (classes - 1), so that all of them together weigh as with 10)."""
