@@ -21,7 +21,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 TINY = "--model conv-mocapsnet --stem 8 8 --capsules 4 --capsule-dim 4 --limit 48".split()
 TINY += "--batch-size 16 --device cpu".split()
-MIXED = "--flip --crop resized --mix both --weight-decay 0.01".split()
+MIXED = "--flip --crop resized --mix both --weight-decay 0.01 --class-lr-factor 2".split()
 
 
 @pytest.fixture

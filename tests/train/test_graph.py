@@ -40,8 +40,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CUDAGraph]:
     [
         # Layers that are called again, from anchors; the rate changes with each step.
         "--blocks 2 --anchor-every 2 --method sda --sda-mean batch --routing-grad full --bias 0.1 "
-        "--schedule cosine --weight-decay 0.1 --flip --crop resized --normalisation fixed "
-        "--mixed-precision bf16",
+        "--schedule cosine --weight-decay 0.1 --class-lr-factor 3 --down-weight 0.2 --flip "
+        "--crop resized --normalisation fixed --mixed-precision bf16",
         # Images mixed before the graph; labels that are shares; the published code's blocks.
         "--mix both --skip twice --velocity block --memory stored --decoder-mask prediction",
         "--model cnn --mix mixup",
