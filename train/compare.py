@@ -33,8 +33,8 @@ def compare(options: CompareOptions) -> None:
     gradients = by_layer(names, starts, lambda row: row["gradient_rms"])
     tables = {
         "Options that differ": differences(names, configs),
-        "Margin loss (of cnn: cross-entropy) per image and training accuracy, at the start and "
-        f"after so many steps (means of {start.WINDOW})": losses(names, starts),
+        "Margin loss (of cnn and resnet18: cross-entropy) per image and training accuracy, at the "
+        f"start and after so many steps (means of {start.WINDOW})": losses(names, starts),
         "Accuracy after each epoch": accuracies(names, rows),
         "Mean length of the capsules that a layer makes, at the start": lengths,
         "Root mean square of the gradient of a layer's weights, at the start": gradients,
