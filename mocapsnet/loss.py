@@ -24,9 +24,8 @@ class MarginLoss(nn.Module):
         upper, lower: margins m+ and m- on the capsule's length.
         down_weight: weight of each absent class; None for 0.5, and with more than ten classes for
             0.5 * 9 / (classes - 1), so that all absent classes together weigh what they weigh with
-            ten. With 0.5 each and 200 classes the loss of a short capsule of the true class is a
-            hundredth of what 199 others take part in, and the first thing learned is to make all
-            capsules short.
+            ten. With 0.5 each, many absent classes outweigh the true one, and what is learned first
+            is to make all capsules short.
         reduction: "sum" over the batch, as published, or "mean".
     Shapes: lengths [B, classes], labels [B], class indices of an integer dtype, or shares
         [B, classes] between 0 and 1, of a floating dtype -> scalar.

@@ -233,7 +233,7 @@ class OptimOptions:
     """The weights of the class capsules are learned at so many times the learning rate, with adam
     (None: conv-mocapsnet a tenth of the number of classes, at least 1, else 1). A capsule
     divides its vote among the classes: with N the same step moves class capsules N/10 times less
-    than with 10."""
+    than with 10. Of those weights --weight-decay, a share of the rate, takes as much more."""
     down_weight: float | None = None
     """Weight of each absent class in the margin loss (None: 0.5; conv-mocapsnet with more than 10
     classes 4.5 / (classes - 1), so that all of them together weigh as with 10)."""

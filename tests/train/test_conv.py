@@ -12,10 +12,10 @@ import torch
 import mocapsnet
 from mocapsnet import ConvMoCapsNet, ConvMoCapsNetConfig, cli
 from mocapsnet.train import data, memory, prepare
-from mocapsnet.train.option_values import flag, flat
-from mocapsnet.train.options import OptimOptions, TrainOptions
+from mocapsnet.train.option_values import flag, flat, resolve
+from mocapsnet.train.options import ModelOptions, OptimOptions, TrainOptions
 
-from .helpers import assert_same_run, rows
+from .helpers import assert_same_run, checkpoint, rows
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -139,6 +139,24 @@ def test_options_that_do_not_go_together_are_one_clear_error(
     code, _, errors = command("train", *arguments, "--out", "run")
     assert code == 2 and message in errors, errors
     assert not Path("run").exists()
+
+
+def test_many_classes_reach_the_loss_and_the_optimiser(fit: Callable[..., Path]) -> None:
+    for name, given, weight in (
+        ("conv-mocapsnet", None, None),
+        ("conv-mocapsnet", 0.2, 0.2),
+        ("mocapsnet", None, 0.5),
+        ("mocapsnet", 0.2, 0.2),
+    ):
+        options = TrainOptions(
+            model=ModelOptions(name=name),  # type: ignore[arg-type]
+            optim=OptimOptions(down_weight=given),
+        )
+        assert prepare.make_criterion(resolve(options)).margin.down_weight == weight
+    run = fit("run", "--epochs", "1", "--class-lr-factor", "3")
+    state = json.loads((checkpoint(run) / "state.json").read_text())
+    rest, last = state["optimizer"]["param_groups"]
+    assert rest["initial_lr"] == 1e-3 and last["initial_lr"] == pytest.approx(3e-3)
 
 
 def test_presets_by_name_and_by_image() -> None:
