@@ -4,7 +4,8 @@ Whole networks on MNIST shapes, one optimiser step of Adam on images that are th
 the number of residual blocks, in interleaved rounds. Then, for the fused MoCapsNet with one block:
 
 - the share of each part of the network in a step, forward and backward, by PyTorch's profiler;
-- the two convolutions alone against the rate of a large matrix product, measured in the same run;
+- the two convolutions alone, the library's and PyTorch's, the latter against the rate of a large
+  matrix product, measured in the same run;
 - the data pipeline alone (random crops, normalisation), to see that it is not the limit.
 
 Convolutions in bfloat16 are timed where the device computes in it natively. Before anything is
@@ -16,20 +17,22 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from mocapsnet import Preprocessing
+from mocapsnet.convolution import channels_last
 from mocapsnet.train import data
 from mocapsnet.train.options import DataOptions
 
 from .shared import measure, report
 from .shared.candidates import CANDIDATES, STYLES, batch_of, check, network_results, training_step
+from .shared.published import plain_convolutions
 from .shared.shares import shares
 
 FUSED, BASELINE = "MoCapsNet, fused, reversible", "MoCapsNet, published"
@@ -81,37 +84,40 @@ def convolutions(args: argparse.Namespace) -> report.Row:
     float32 is IEEE float32, as in the matrix product that they are compared with; GPUs would take
     TF32 unasked.
     """
-    model = CANDIDATES[FUSED].build(0, args.channels).to(args.device)
+    library = CANDIDATES[FUSED].build(0, args.channels).to(args.device)
+    pytorch = plain_convolutions(library.convolutions)
     images = batch_of(args.batch, args.device)[0]
-    features = model.convolutions(images)
+    features = pytorch(images)
     gradient = torch.randn_like(features)
-    first, second = (c for c in model.convolutions if isinstance(c, nn.Conv2d))
+    first, second = (c for c in pytorch if isinstance(c, nn.Conv2d))
     middle = first(images)
     # The images need no gradient; everything else is a product forward and two backward.
     per_weight = {first: 2 * math.prod(middle.shape[2:]), second: 3 * features[0, 0].numel()}
     operations = sum(2 * args.batch * n * c.weight.numel() for c, n in per_weight.items())
 
-    def run(bfloat16: bool) -> None:
+    def run(convolve: Callable[[Tensor], Tensor], bfloat16: bool) -> None:
         with torch.autocast(args.device.type, torch.bfloat16, enabled=bfloat16):
-            out = model.convolutions(images)
+            out = convolve(channels_last(images) if bfloat16 else images)
         out.backward(gradient.to(out.dtype))
 
-    runs = {"float32": partial(run, False)}
-    if measure.has_bfloat16(args.device):
-        runs["bfloat16"] = partial(run, True)
+    dtypes = ["float32", *(["bfloat16"] if measure.has_bfloat16(args.device) else [])]
+    runs = {
+        (dtype, name): partial(run, convolve, dtype == "bfloat16")
+        for dtype in dtypes
+        for name, convolve in (("library", library.features), ("pytorch", pytorch))
+    }
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         seconds = measure.interleaved(runs, args.repetitions, args.device)
     rates = measure.rates(args.device)
     limits = {"float32": rates.matrix, "bfloat16": rates.matrix_bf16}
     found: report.Row = {"operations": operations}
-    for name, values in seconds.items():
-        median = measure.quartiles(values)[1]
-        limit = limits[name]
-        assert limit is not None
+    for dtype in dtypes:
+        medians = {n: measure.quartiles(seconds[dtype, n])[1] for n in ("library", "pytorch")}
         found |= {
-            f"{name}_seconds": median,
-            f"{name}_rate": operations / median,
-            f"{name}_matrix_rate": limit,
+            f"{dtype}_seconds": medians["library"],
+            f"{dtype}_pytorch_seconds": medians["pytorch"],
+            f"{dtype}_pytorch_rate": operations / medians["pytorch"],
+            f"{dtype}_matrix_rate": limits[dtype],
         }
     return found
 
@@ -170,12 +176,13 @@ def describe(rows: list[report.Row], found: report.Row, args: argparse.Namespace
     convolution = found["convolutions"]
     for name in ("float32", "bfloat16"):
         if f"{name}_seconds" in convolution:
-            rate, limit = convolution[f"{name}_rate"], convolution[f"{name}_matrix_rate"]
+            own, pytorch = convolution[f"{name}_seconds"], convolution[f"{name}_pytorch_seconds"]
+            rate, limit = convolution[f"{name}_pytorch_rate"], convolution[f"{name}_matrix_rate"]
             parts.append(
-                f"Both convolutions alone in {name}, forward and backward: "
-                f"{1e3 * convolution[f'{name}_seconds']:.1f} ms, {rate / 1e9:,.0f} GFLOP/s; a "
-                f"large matrix product in the same run: {limit / 1e9:,.0f} GFLOP/s; "
-                f"ratio {rate / limit:.2f}."
+                f"Both convolutions alone in {name}, forward and backward: {1e3 * own:.1f} ms, "
+                f"{pytorch / own:.2f} times as fast as PyTorch's {1e3 * pytorch:.1f} ms. Those are "
+                f"{rate / 1e9:,.0f} GFLOP/s; a large matrix product in the same run: "
+                f"{limit / 1e9:,.0f} GFLOP/s; ratio {rate / limit:.2f}."
             )
     parts.append(
         f"The data pipeline alone delivers {found['pipeline']:,.0f} images/s, "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .convolution import Conv2d
 from .kernels.launch import full_precision
 from .loss import CapsuleLoss, LossParts
 from .model import CapsNet, CapsNetOutput, presence
@@ -38,9 +39,9 @@ class CNN(CapsNet):
     def build(self) -> None:
         c = self.config
         convolutions: list[nn.Module] = [
-            nn.Conv2d(c.image_shape[0], c.channels, c.kernel_size),
+            Conv2d(c.image_shape[0], c.channels, c.kernel_size),
             nn.ReLU(),
-            nn.Conv2d(c.channels, c.channels, c.kernel_size, stride=c.stride),
+            Conv2d(c.channels, c.channels, c.kernel_size, stride=c.stride),
         ]
         self.convolutions = nn.Sequential(*convolutions)
         features = c.channels * math.prod(c.feature_size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
+from .convolution import Conv2d, channels_last, computed_in
 from .depth import HIDDEN_LENGTH, HIDDEN_SUM_LENGTH, capsule_layers, stream_lengths
 from .kernels import checks
 from .kernels.launch import full_precision
@@ -233,9 +234,9 @@ class CapsNet(Pretrained):
         c = self.config
         kernel, channels = c.kernel_size, c.channels
         self.convolutions = nn.Sequential(
-            nn.Conv2d(c.image_shape[0], channels, kernel),
+            Conv2d(c.image_shape[0], channels, kernel),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, kernel, stride=c.stride),
+            Conv2d(channels, channels, kernel, stride=c.stride),
         )
         self.primary = PrimaryCapsules(c.capsule_dim, grouping=c.grouping)
 
@@ -295,9 +296,18 @@ class CapsNet(Pretrained):
         weight = next(self.convolutions.parameters(), images)
         if images.is_floating_point():
             images = images.to(weight.dtype)
-        if images.is_cuda or computed_in(weight).itemsize == 2:
+        if images.is_cuda or computed_in(weight).itemsize == 2 or self.by_fourier(images):
             images = channels_last(images)
         return self.convolutions(images)
+
+    def by_fourier(self, images: Tensor) -> bool:
+        """Whether the second convolution is one by few multiplications, with channels last."""
+        first, second = self.convolutions[0], self.convolutions[-1]
+        if not (isinstance(first, Conv2d) and isinstance(second, Conv2d)):
+            return False
+        sides = (n - k + 1 for n, k in zip(images.shape[2:], first.kernel_size, strict=True))
+        size = torch.Size((len(images), first.out_channels, *sides))
+        return second.by_fourier(images, size, second.weight)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
         features = self.features(images)
@@ -372,28 +382,6 @@ def build_model(name: str, config: CapsNetConfig | ConvMoCapsNetConfig | ResNetC
             f"{name} is built from a {known[name].Config.__name__}; got a {type(config).__name__}"
         )
     return known[name](**vars(config))
-
-
-def computed_in(weight: Tensor) -> torch.dtype:
-    """What a convolution with this weight computes in, under autocast or not."""
-    kind = weight.device.type
-    if weight.is_meta or not torch.is_autocast_enabled(kind):
-        return weight.dtype
-    return torch.get_autocast_dtype(kind)
-
-
-def channels_last(images: Tensor) -> Tensor:
-    """Images [B, C, H, W] with the channels of a pixel side by side in memory, which convolutions
-    take for a wish that their outputs be so too.
-
-    Tensor cores read them so, and processors with instructions for bfloat16. In float32 a processor
-    without gained nothing: a training step of the paper's MNIST network, 32 images on one thread,
-    took 0.99 to 1.06 times as long, and inference 1.14 times.
-    """
-    pixels = images.movedim(1, -1)
-    if pixels.shape[-1] == 1:  # a single channel lies in either order, and only a copy can tell
-        pixels = pixels.clone(memory_format=torch.contiguous_format)
-    return pixels.contiguous().movedim(-1, 1)
 
 
 def presence(labels: Tensor, lengths: Tensor) -> Tensor:

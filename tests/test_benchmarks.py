@@ -175,7 +175,7 @@ def test_step_in_bfloat16(tmp_path, monkeypatch):
     rows, (found,) = results(tmp_path, "step")
     assert {row["candidate"] for row in rows} == {*step.NAMES, step.BFLOAT16}
     assert found["speedups"].keys() == step.TARGETS.keys()
-    assert found["convolutions"]["bfloat16_rate"] > 0
+    assert found["convolutions"]["bfloat16_pytorch_rate"] > 0
     assert "in bfloat16 were not timed" not in (tmp_path / "step.md").read_text()
 
 

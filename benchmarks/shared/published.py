@@ -1,4 +1,4 @@
-"""Routing by agreement the way published capsule networks write it: the baselines to beat."""
+"""Capsule networks the way they are published, in plain PyTorch: the baselines to beat."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,13 +50,27 @@ class PublishedCapsuleLayer(nn.Module):
 
 
 def make_eager(model: CapsNet, routing: Routing) -> None:
-    """Lets all capsule layers of a model route eagerly; parameters and results stay the same."""
+    """Lets a model convolve and route in plain PyTorch; parameters and results stay the same."""
+    model.convolutions = plain_convolutions(model.convolutions)
     model.primary.backend = "reference"
     layers: Any = getattr(model.stack, "layers", model.stack)
     for name in ("first", "last"):
         setattr(model, name, PublishedCapsuleLayer(getattr(model, name), routing))
     for n, layer in enumerate(layers):
         layers[n] = PublishedCapsuleLayer(layer, routing)
+
+
+def plain_convolutions(layers: nn.Sequential) -> nn.Sequential:
+    """The same layers with the same parameters, each convolution PyTorch's own."""
+    return nn.Sequential(*(plain(x) if isinstance(x, nn.Conv2d) else x for x in layers))
+
+
+def plain(layer: nn.Conv2d) -> nn.Conv2d:
+    height, width = layer.kernel_size
+    own = nn.Conv2d(layer.in_channels, layer.out_channels, (height, width), device="meta")
+    own.stride = layer.stride
+    own.weight, own.bias = layer.weight, layer.bias
+    return own
 
 
 class CheckpointedStack(nn.Module):
