@@ -13,9 +13,6 @@ from .fourier import Shape, correlate, correlate_input, correlate_weight
 from .kernels.launch import full_precision
 from .kernels.library import BATCHED, observed, plain_only, transformed
 
-FAST = torch.float32, torch.bfloat16
-"""What a processor multiplies matrices of quickly, the second if it has instructions for it."""
-
 PLAIN = {Tensor, nn.Parameter}
 """Classes of tensors that are sure to be their own values, not a share of them on this process."""
 
@@ -32,14 +29,23 @@ def channels_last(images: Tensor) -> Tensor:
     """Images [B, C, H, W] with the channels of a pixel side by side in memory, which convolutions
     take for a wish that their outputs be so too.
 
-    Tensor cores read them so, and processors with instructions for bfloat16. In float32 a processor
-    without gained nothing: a training step of the paper's MNIST network, 32 images on one thread,
-    took 0.99 to 1.06 times as long, and inference 1.14 times.
+    Tensor cores read them so, processors with instructions for bfloat16, and `conv2d`. PyTorch's
+    own convolution in float32 gained nothing on a processor: a training step of the paper's MNIST
+    network, 32 images on one thread, took 0.99 to 1.06 times as long, and inference 1.14 times.
     """
     pixels = images.movedim(1, -1)
     if pixels.shape[-1] == 1:  # a single channel lies in either order, and only a copy can tell
         pixels = pixels.clone(memory_format=torch.contiguous_format)
     return pixels.contiguous().movedim(-1, 1)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 vectors but not tiles.
+
+    Without either, PyTorch emulates it; with tiles (AMX) its own convolution may well be faster,
+    which has not been measured.
+    """
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def conv2d(x: Tensor, w: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -158,7 +164,9 @@ class Conv2d(nn.Conv2d):
             return False
         if like.dtype != w.dtype and not torch.is_autocast_enabled("cpu"):
             return False
-        fast = FAST if torch.cpu._is_avx512_bf16_supported() else FAST[:1]
-        if not {like.dtype, w.dtype, computed_in(w)} <= {*FAST} or computed_in(w) not in fast:
+        dtype = computed_in(w)
+        if not {like.dtype, w.dtype, dtype} <= {torch.float32, torch.bfloat16}:
+            return False
+        if dtype == torch.bfloat16 and not multiplies_bfloat16():
             return False
         return Shape.of(size, w.shape, self.stride).pays()

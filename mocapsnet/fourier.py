@@ -35,7 +35,8 @@ WORKSPACE = 2**25
 """Bytes of coefficients of images and kernels held at a time: what a last-level cache holds."""
 
 ADVANTAGE = 2.0
-"""How many times fewer multiplications pay for what the products' smaller matrices cost."""
+"""How many times fewer multiplications there must be. Forward and backward on a core with AVX-512
+took, at 2 times fewer, 0.7 to 1.1 times as long as PyTorch's convolution; at 3 times, half."""
 
 POINTS = 1024
 """Of a larger transform the matrices alone would cost too much."""

@@ -173,7 +173,7 @@ def paper_network(calls):
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_network(calls, bfloat16, monkeypatch):
     if bfloat16:
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        monkeypatch.setattr(convolution, "multiplies_bfloat16", lambda: True)
     model, images, labels = paper_network(calls)
     plain = copy.deepcopy(model)
     for n, layer in enumerate(plain.convolutions):
@@ -194,8 +194,12 @@ def test_network(calls, bfloat16, monkeypatch):
         assert a.is_contiguous() == b.is_contiguous() and (a - b).norm() <= limit * b.norm()
 
 
-def test_bfloat16_without_its_instructions_is_left_to_pytorch(calls, monkeypatch, always):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+@pytest.mark.parametrize("vectors, tiles", [(False, False), (True, True)])
+def test_bfloat16_is_left_to_pytorch_on_other_processors(
+    vectors, tiles, calls, monkeypatch, always
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: vectors)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     layer, x = Conv2d(2, 3, 3), torch.randn(2, 2, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16 and not calls
