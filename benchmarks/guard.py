@@ -14,14 +14,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from mocapsnet.convolution import Conv2d, channels_last
+
 from . import depth
 from .routing import PUBLISHED, check
 from .shared import measure, report
 from .shared.candidates import CANDIDATES
+from .shared.published import plain
 from .shared.routing_candidates import Candidate, candidates, forward_backward, problem
 
 LAYER_1 = (32, 1152, 8, 32, 8)
 BLOCKS = 4
+CHANNELS = 256
 
 
 class Ratio(NamedTuple):
@@ -70,6 +77,27 @@ def stack_ratios(args: argparse.Namespace) -> list[Ratio]:
     ]
 
 
+def convolution_ratios(args: argparse.Namespace) -> list[Ratio]:
+    """The paper's second convolution on a CPU, forward and backward, over PyTorch's."""
+    if args.device.type != "cpu":
+        return []
+    torch.manual_seed(0)
+    ours = Conv2d(CHANNELS, CHANNELS, 9, stride=2)
+    images = channels_last(torch.randn(128, CHANNELS, 20, 20)).requires_grad_()
+
+    def run(layer: nn.Conv2d, images: Tensor) -> list[Tensor]:
+        y = layer(images)
+        return [y, *torch.autograd.grad(y, (images, layer.weight), torch.ones_like(y))]
+
+    pytorch = partial(run, plain(ours), images.detach().contiguous().requires_grad_())
+    runs: dict[str, measure.Run] = {"ours": partial(run, ours, images), "pytorch": pytorch}
+    for got, want in zip(run(ours, images), pytorch(), strict=True):
+        if measure.relative_error(got, want) > 1e-5:
+            sys.exit("the convolution by Fourier coefficients is not PyTorch's")
+    seconds = measure.interleaved(runs, args.repetitions, args.device)
+    return [Ratio("time of a convolution over PyTorch's", over(seconds, "ours", "pytorch"), 0.9)]
+
+
 def over(seconds: dict[str, list[float]], name: str, other: str) -> float:
     """Median over the rounds of the ratio within a round."""
     pairs = zip(seconds[name], seconds[other], strict=True)
@@ -80,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__, "guard")
     parser.add_argument("--repetitions", type=report.positive, default=7, help="timed rounds")
     args = parser.parse_args(argv)
-    found = [*routing_ratios(args), *stack_ratios(args)]
+    found = [*routing_ratios(args), *stack_ratios(args), *convolution_ratios(args)]
     lines = [[r.name, f"{r.value:.3f}", r.at_most, "yes" if r.passes else "**no**"] for r in found]
     text = report.table(["ratio", "found", "at most", "passes"], lines)
     print(f"{text}\n\n{report.title(report.machine(args.device))}")

@@ -376,6 +376,7 @@ def test_machine(tmp_path, monkeypatch):
 def test_guard_passes_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(guard, "routing_ratios", lambda args: [guard.Ratio("a", 0.1, 0.2)])
     monkeypatch.setattr(guard, "stack_ratios", lambda args: [guard.Ratio("b", 1.0, 1.0)])
+    monkeypatch.setattr(guard, "convolution_ratios", lambda args: [])
     guard.main(["--device", "cpu"])
     assert "| a | 0.100 | 0.2 | yes |" in capsys.readouterr().out
     monkeypatch.setattr(guard, "stack_ratios", lambda args: [guard.Ratio("b", 1.01, 1.0)])
@@ -389,7 +390,8 @@ def test_guard_measures(monkeypatch):
     args = report.parser("", "guard").parse_args(["--device", "cpu"])
     args.repetitions = 2
     found = [*guard.routing_ratios(args), *guard.stack_ratios(args)]
-    assert len(found) == 5 and all(0 < ratio.value < 10 for ratio in found)
+    found += guard.convolution_ratios(args)
+    assert len(found) == 6 and all(0 < ratio.value < 10 for ratio in found)
 
 
 def test_guard_compares_within_a_round():
