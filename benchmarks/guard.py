@@ -87,7 +87,8 @@ def convolution_ratios(args: argparse.Namespace) -> list[Ratio]:
 
     def run(layer: nn.Conv2d, images: Tensor) -> list[Tensor]:
         y = layer(images)
-        return [y, *torch.autograd.grad(y, (images, layer.weight), torch.ones_like(y))]
+        gradients = torch.autograd.grad(y, (images, layer.weight), torch.ones_like(y))
+        return [y.detach(), *gradients]
 
     pytorch = partial(run, plain(ours), images.detach().contiguous().requires_grad_())
     runs: dict[str, measure.Run] = {"ours": partial(run, ours, images), "pytorch": pytorch}
