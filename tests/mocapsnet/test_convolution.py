@@ -281,8 +281,16 @@ def test_state_is_that_of_pytorchs_layer():
     assert repr(layer) == repr(plain)
 
 
-def test_other_first_layers_leave_the_layout_alone(calls):
-    """Whoever replaced the convolutions, by a pretrained stem say, is not asked about them."""
+@pytest.mark.parametrize(
+    "stem",
+    [
+        nn.Conv2d(1, 8, 9, stride=3),  # no children
+        nn.Sequential(nn.Conv2d(1, 8, 9, stride=3)),
+        nn.Sequential(nn.Conv2d(1, 8, 9), nn.ReLU(), nn.Conv2d(8, 8, 8, stride=2)),
+    ],
+)
+def test_other_layers_in_place_of_the_convolutions(stem, calls, always):
+    """As of whoever takes a pretrained stem."""
     model = CapsNet((1, 28, 28), 10, channels=8, capsule_dim=8)
-    model.convolutions = nn.Sequential(nn.Identity(), nn.Conv2d(1, 8, 9), nn.Conv2d(8, 8, 9, 2))
-    assert model.features(torch.randn(2, 1, 28, 28)).shape == (2, 8, 6, 6) and not calls
+    model.convolutions = stem
+    assert model.features(torch.randn(2, 1, 28, 28)).shape == (2, 8, 7, 7) and not calls
