@@ -188,6 +188,28 @@ def test_what_cannot_be_followed_is_said(body, message):
         run(body)
 
 
+@pytest.mark.parametrize("branch", ["@%p1 bra $L", "@!%p1 bra $R"])
+def test_exp_of_float64_takes_its_usual_path(branch):
+    """Whether what large numbers need is skipped or jumped to."""
+    body = f"""
+	ld.global.b32 %r3, [%rd1];
+	setp.lt.f32 %p1, %r3, 0f4086232B;
+	{branch};
+	bra.uni $L;
+$R:
+	st.global.b32 [%rd1 + 8], %r3;
+$L:
+	st.global.b32 [%rd1 + 16], %r3;
+"""
+    _, kernel, counts = run(body)
+    stored = [
+        (x.operands[0], n)
+        for x, n in zip(kernel.instructions, counts, strict=True)
+        if x.name.startswith("st")
+    ]
+    assert stored == [("[%rd1 + 8]", 0), ("[%rd1 + 16]", 1)]
+
+
 def test_few_programs_stand_for_all():
     assert sample(1) == [0] and sample(2) == [0, 1] and sample(600) == [100, 300, 500]
     one = Traffic(read=2, touched={1: (4.0, 4)}, loaded=frozenset([1]))

@@ -264,6 +264,11 @@ COMPARISONS: dict[str, Callable[[Numbers, Numbers], Numbers]] = {
 }
 
 
+ORDINARY = "0f4086232B"
+"""4.19, the upper half of 708.4 as a double, read as a float: below it, exp of float64 takes its
+usual path and no other, which is what happens to numbers that come up."""
+
+
 class Run:
     """Registers of all threads of one program; what is not known is missing."""
 
@@ -357,6 +362,8 @@ class Run:
             number = self.values[instruction.operands[1].strip("[] ")]
             value = np.full(self.threads, number, np.int64)
             return unsigned(value, bits(kind)) if "%rd" not in instruction.operands[0] else value
+        if instruction.name == "setp.lt.f32" and instruction.operands[2] == ORDINARY:
+            return self.all
         found = [self.operand(x) for x in instruction.operands[1:]]
         values = [x for x in found if x is not None]
         if len(values) < len(found) or kind[0] == "f" and base != "selp":
