@@ -396,6 +396,21 @@ def test_numbers_of_ptx_wrap_as_in_registers():
     np.testing.assert_array_equal(access.addresses, 4 * ((4 + np.arange(32)) % 32))
 
 
+def test_registers_are_taken_apart_and_put_together():
+    body = """
+	mov.b32 %r3, {%rs1, %rs2};
+	cvt.u16.u32 %rs1, %r1;
+	mov.b32 %r3, {%rs1, %rs1};
+	mov.b32 {_, %rs2}, %r3;
+	cvt.u32.u16 %r4, %rs2;
+	mul.wide.u32 %rd2, %r4, 16;
+	add.s64 %rd3, %rd1, %rd2;
+	ld.global.b32 %r5, [%rd3];
+"""
+    found, *_ = run(body)
+    assert found.asked == 16  # sectors of 32 bytes: two threads' words in each
+
+
 def test_bytes_are_permuted():
     """0x7701: bytes 1 and 0 of the first operand, then of the second operand's byte 3 twice; a
     selector of 8 and more stands for the sign of a byte."""

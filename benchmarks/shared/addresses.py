@@ -160,6 +160,11 @@ def registers(operand: str) -> list[str]:
     return re.findall(r"%[\w.]+", operand)
 
 
+def members(operand: str) -> list[str]:
+    """Of a vector, as {%rs1, %rs2}; _ is none that is wanted."""
+    return [x.strip() for x in operand.strip("{} ").split(",")]
+
+
 @cache
 def words(name: str) -> list[str]:
     return name.split(".")
@@ -347,6 +352,9 @@ class Run:
         """Sets the destination of an instruction, or forgets it."""
         to = instruction.operands[0]
         value = self.result(instruction)
+        if to.startswith("{"):  # mov takes a register apart
+            self.take_apart(instruction, value)
+            return
         old = self.operand(to)
         if instruction.predicate and value is not None and old is not None:
             value = np.where(self.active(instruction), value, old)
@@ -355,9 +363,33 @@ class Run:
         else:
             self.known[to] = value
 
+    def take_apart(self, instruction: Instruction, value: Numbers | None) -> None:
+        """Sets the registers that share the bits of a number, lowest first."""
+        into = members(instruction.operands[0])
+        width = bits(words(instruction.name)[-1]) // len(into)
+        for n, register in enumerate(into):
+            if value is None:
+                self.known.pop(register, None)
+            else:
+                self.known[register] = field(value, np.int64(n * width), np.int64(width))
+
+    def put_together(self, instruction: Instruction) -> Numbers | None:
+        """The number whose bits registers share, lowest first."""
+        of = members(instruction.operands[1])
+        width = bits(words(instruction.name)[-1]) // len(of)
+        value = np.zeros(self.threads, np.int64)
+        for n, register in enumerate(of):
+            part = self.operand(register)
+            if part is None:
+                return None
+            value |= unsigned(part, width) << n * width
+        return value
+
     def result(self, instruction: Instruction) -> Numbers | None:
         parts = words(instruction.name)
         base, kind = parts[0], parts[-1]
+        if base == "mov" and instruction.operands[1].startswith("{"):
+            return self.put_together(instruction)
         if base == "ld":  # ld.param
             number = self.values[instruction.operands[1].strip("[] ")]
             value = np.full(self.threads, number, np.int64)
