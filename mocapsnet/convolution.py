@@ -48,6 +48,12 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
+def seen() -> bool:
+    """Whether something is at work that is to see PyTorch's own operations: a compiler, an export,
+    a transform of torch.func, forward-mode differentiation, a dispatch mode."""
+    return observed() or transformed() or bool(plain_only())
+
+
 def conv2d(x: Tensor, w: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The convolution of images [B, C, H, Wd] with kernels [O, C, kh, kw], without padding.
 
@@ -140,9 +146,8 @@ class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d`, on a CPU by fewer multiplications where kernels and channels are many.
 
     There `conv2d` of this file runs instead of PyTorch's, in float32 and bfloat16, if `Shape.pays`
-    and nothing looks on that knows PyTorch's own operations only: a compiler, an export, a
-    transform of torch.func, forward-mode differentiation, a dispatch mode. The result is the same
-    but for rounding. Arguments, parameters and their names are those of `torch.nn.Conv2d`.
+    and not `seen`. The result is the same but for rounding. Arguments, parameters and their names
+    are those of `torch.nn.Conv2d`.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,7 +161,7 @@ class Conv2d(nn.Conv2d):
         """Whether images of this size, otherwise like a tensor, are for `conv2d`."""
         if not (like.device.type == w.device.type == "cpu" and {type(like), type(w)} <= PLAIN):
             return False
-        if observed() or transformed() or plain_only():
+        if seen():
             return False
         if any(self.padding) or self.dilation != (1, 1) or self.groups != 1:
             return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from .convolution import Conv2d, channels_last, computed_in
+from .convolution import Conv2d, channels_last, computed_in, seen
 from .depth import HIDDEN_LENGTH, HIDDEN_SUM_LENGTH, capsule_layers, stream_lengths
 from .kernels import checks
 from .kernels.launch import full_precision
@@ -302,6 +302,8 @@ class CapsNet(Pretrained):
 
     def by_fourier(self, images: Tensor) -> bool:
         """Whether the second convolution is one by few multiplications, with channels last."""
+        if seen():  # and the size of a batch may be no number
+            return False
         layers = list(self.convolutions.children())  # those of `build`, or what replaced them
         if len(layers) != 3:
             return False

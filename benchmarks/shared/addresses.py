@@ -371,7 +371,7 @@ class Run:
             if value is None:
                 self.known.pop(register, None)
             else:
-                self.known[register] = field(value, np.int64(n * width), np.int64(width))
+                self.known[register] = unsigned(value >> n * width, width)
 
     def put_together(self, instruction: Instruction) -> Numbers | None:
         """The number whose bits registers share, lowest first."""
