@@ -102,7 +102,8 @@ def matrices(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
             q += [c, s - c, c + s]
             # of c(a+b), a(d-c), b(c+d): real part first less third, imaginary first plus second
             y += [2 * t / (rows * columns) for t in (c - s, -s, -c)]
-        return tuple(torch.stack(t).to(dtype) for t in (x, q, y))  # type: ignore[return-value]
+        X, Q, Y = (torch.stack(rows_of).to(dtype) for rows_of in (x, q, y))
+        return X, Q, Y
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def plain_convolutions(layers: nn.Sequential) -> nn.Sequential:
 
 
 def plain(layer: nn.Conv2d) -> nn.Conv2d:
+    """PyTorch's layer with the parameters of this one, which does not pad."""
     height, width = layer.kernel_size
     own = nn.Conv2d(layer.in_channels, layer.out_channels, (height, width), device="meta")
     own.stride = layer.stride

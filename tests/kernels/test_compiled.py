@@ -38,34 +38,31 @@ WHOLE = [
 ]
 
 
-SPILLS = [  # architectures, kernels, cases: registers that Triton 3.8 spills in 32 or 16 bits
+SPILLS = [  # architectures, dtypes, kernels, cases: registers that Triton 3.8 spills
     # for programs of sixteen warps 128 of each thread do not suffice, on wavefronts of 64 even less
-    ("gfx942", "on_chip_.*", ".*", 40),
-    ("gfx942", "momentum_.*", "stack.*", 41),
-    ("80|86|89|90|100|120", "momentum_backward_kernel", "stack.*, (rba full|sda (full|final))", 40),
-    ("90", "momentum_backward_kernel", "stack.*, rba final", 1),
-    (".*", "on_chip_backward_kernel", ".*, sda full", 4),
-    ("100", "on_chip_backward_kernel", "block layer, sda final", 2),
+    ("gfx942", "float32", "on_chip_.*", ".*", 40),
+    ("gfx942", ".*", "momentum_.*", "stack.*", 41),
+    ("80|86|89|90|100|120", ".*", "momentum_backward_kernel", "stack.*, (rba full|sda .*)", 40),
+    ("90", "float32", "momentum_backward_kernel", "stack.*, rba final", 1),
+    (".*", ".*", "on_chip_backward_kernel", ".*, sda full", 4),
     # 255 of each thread do not, with K of 16, where backward makes couplings again
-    ("80|86|89|90|120", "owned_backward_kernel", "windows, 32.*, (rba full|sda .*)", 10),
-    ("80", "owned_backward_kernel", "windows, 16.*, sda full", 6),
-    ("100", "owned_backward_kernel", "windows.*", 10),
-    ("100", "dot_sum_kernel", "windows, 16 capsules, sda .*", 8),
-    # one or two in 16 bits alone, to fit in one more program
-    ("90", "dot_sum_kernel", "windows, 32 capsules, sda .*", 2),
-    ("120", "dot_sum_kernel", "layer 1, sda .*", 1),
-    ("80", "weight_gradient_kernel", "layer 2, 10 classes, sda final", 1),
-    ("100", "weight_gradient_kernel", "layer 2, 10 classes, rba full", 2),
+    ("80|86|89|120", "float32", "owned_backward_kernel", "windows, 32.*, (rba full|sda .*)", 10),
+    ("80", "float32", "owned_backward_kernel", "windows, 16.*, sda full", 6),
+    ("100", "float32", "owned_backward_kernel", "windows.*", 10),
+    ("100", "float32", "dot_sum_kernel", "windows, 16 capsules, sda .*", 8),
+    # one or two, to fit in one more program
+    ("90", "float16", "dot_sum_kernel", "windows, 32 capsules, sda .*", 2),
+    ("100", "bfloat16", "on_chip_backward_kernel", "block layer, sda final", 2),
+    ("120", "b?float16", "dot_sum_kernel", "layer 1, sda .*", 1),
+    ("80", "b?float16", "weight_gradient_kernel", "layer 2, 10 classes, sda final", 1),
+    ("100", "b?float16", "weight_gradient_kernel", "layer 2, 10 classes, rba full", 2),
 ]
 
 
-def most_spills(kernel, case, architecture):
+def most_spills(row, dtype):
     """Registers that a kernel may spill in 32 or 16 bits: none but those above."""
-    names = architecture, kernel, case
-    return max(
-        (n for *known, n in SPILLS if all(map(re.fullmatch, known, names))),
-        default=0,
-    )
+    names = row["architecture"], dtype, row["kernel"], row["case"]
+    return max((n for *known, n in SPILLS if all(map(re.fullmatch, known, names))), default=0)
 
 
 def compile_and_check(architecture, dtype, only, folder):
@@ -93,7 +90,7 @@ def compile_and_check(architecture, dtype, only, folder):
         assert row["shared"] <= row["shared_limit"], row
         assert row["resident"] >= 1, row
         if dtype != "float64" and LEAST_K == 8:  # plans are made for the Triton that has it
-            assert row["spills"] <= most_spills(row["kernel"], row["case"], architecture), row
+            assert row["spills"] <= most_spills(row, dtype), row
     for case in {row["case"] for row in rows if "layer" in row["case"]}:
         kernels = {row["kernel"] for row in rows if row["case"] == case}
         if case.startswith("stack"):

@@ -58,11 +58,15 @@ def always(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the library's convolution runs."""
+    """Which of the library's functions run: the convolution, and its two gradients."""
     found = []
-    monkeypatch.setattr(
-        convolution, "correlate", lambda *args: found.append(1) or fourier.correlate(*args)
-    )
+
+    def counted(name):
+        function = getattr(fourier, name)
+        return lambda *args: found.append(name) or function(*args)
+
+    for name in ("correlate", "correlate_input", "correlate_weight"):
+        monkeypatch.setattr(convolution, name, counted(name))
     return found
 
 
@@ -186,7 +190,7 @@ def test_network(calls, bfloat16, monkeypatch):
             out = net(images, labels)
         out.capsules.square().sum().backward()
         results.append([out.capsules.detach(), *(p.grad for p in net.convolutions.parameters())])
-    assert len(calls) == 1
+    assert sorted(calls) == ["correlate", "correlate_input", "correlate_weight"]
     assert model.features(images).is_contiguous(memory_format=torch.channels_last)
     # first order: bfloat16 keeps 8 bits, and capsules add up what differs by as much
     limit = 2**-5 if bfloat16 else 2**-16
@@ -211,7 +215,7 @@ def forward_mode(layer, x):
         return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
 
 
-def counted(layer, x):
+def counted_flops(layer, x):
     with FlopCounterMode(display=False) as counter:
         layer(x)
     return torch.tensor(counter.get_total_flops())
@@ -224,7 +228,7 @@ OBSERVERS = {
     "vmap": lambda layer, x: vmap(lambda one: layer(one[None])[0])(x),
     "grad": lambda layer, x: grad(lambda x: layer(x).square().sum())(x),
     "forward mode": forward_mode,
-    "flop counter": counted,
+    "flop counter": counted_flops,
     "no batch": lambda layer, x: layer(x[0]),
     "float64": lambda layer, x: copy.deepcopy(layer).double()(x.double()),
 }
