@@ -7,8 +7,9 @@ the GPU asks for. The first tables add up the launches of each operation, forwar
 
 For GPUs whose rates are known times are predicted from the compiled code, the addresses it computes
 and published rates, and compared with the floor of the equations: see `shared/prediction.py`. The
-last table says what binds each launch. They are predictions, not measurements; Python's time to
-make the launches is not in them.
+last table says what binds each launch, and how many megabytes go through L2 in it: as predicted,
+and in brackets if programs share L1, which rests on how a GPU hands them out. They are predictions,
+not measurements; Python's time to make the launches is not in them.
 Triton must not be interpreting (TRITON_INTERPRET unset). It keeps compiled code in its cache: the
 first run takes minutes for each GPU.
 """
@@ -198,7 +199,8 @@ def describe(summary: list[report.Row], dtype: str) -> str:
 
 
 def describe_bounds(rows: list[report.Row]) -> str:
-    """Markdown: a row per case and kernel, with the time and the limit of its launches."""
+    """Markdown: a row per case and kernel, with the time and the limit of its launches, and the
+    megabytes through L2 of the one that has most."""
     names = [name for name in GPUS if any(row["architecture"] == name for row in rows)]
     lines = []
     for case, kernel in dict.fromkeys((row["case"], row["kernel"]) for row in rows):
@@ -212,12 +214,15 @@ def describe_bounds(rows: list[report.Row]) -> str:
             bounds = "/".join(dict.fromkeys(row["bound"] for row in some))
             counts.append(len(some))
             line.append(f"{1e6 * sum(row['predicted'] for row in some):.1f} {bounds}")
+            moved = [max(1e-6 * row[x] for row in some) for x in ("l2_bytes", "l2_bytes_sharing")]
+            line.append("{:.0f} ({:.0f})".format(*moved))
         if any(counts):
             lines.append([*line[:2], "/".join(map(str, dict.fromkeys(counts))), *line[2:]])
     if not lines:
         return ""
     header = ["case, forward and backward", "kernel", "launches"]
-    header += [f"{GPUS[name].name}: us, limit" for name in names]
+    for name in names:
+        header += [f"{GPUS[name].name}: us, limit", "MB through L2"]
     return f"What binds each launch, **predicted, not measured**\n\n{report.table(header, lines)}"
 
 

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 from mocapsnet.benchmarks.shared.addresses import Kernel, sample
 from mocapsnet.benchmarks.shared.compiled import parse_nvidia
 from mocapsnet.benchmarks.shared.gpus import GPUS
-from mocapsnet.benchmarks.shared.prediction import L2, Work, limits_of
+from mocapsnet.benchmarks.shared.prediction import L2, Work, limits_of, neighbours
 from mocapsnet.benchmarks.shared.schedule import Warp, executions, weights
-from mocapsnet.benchmarks.shared.traffic import Traffic, mean, traffic
+from mocapsnet.benchmarks.shared.traffic import Traffic, mean, side_by_side, traffic
 
 A = 1 << 40  # where the first argument lies
 CACHE = 64 << 10
@@ -143,6 +143,41 @@ def test_l1_answers_what_it_holds(step, cache, read):
     found, kernel, counts = run(LOOP.format(step=step), cache=cache)
     assert (found.asked, found.read) == (7 * 4, read)
     assert [counts[start] for start, _ in kernel.loops] == [7]
+
+
+@pytest.mark.parametrize(
+    "step, cache, read",
+    [
+        (0, CACHE, 4 / 2),  # what one of two programs has read serves the other
+        (128, CACHE, 7 * 4 / 2),  # in each turn again: they go in step
+        (128, 4 * 32, 7 * 4 / 2),  # so L1 need not hold more than a turn
+        (128, 3 * 32, 7 * 4),
+    ],
+)
+def test_programs_side_by_side_share_l1(step, cache, read):
+    kernel = Kernel(PTX.format(body=LOOP.format(step=step), threads=32))
+    counts = [0] * len(kernel.instructions)
+    assert side_by_side([kernel.run((A, 7), (5,), n, counts) for n in (0, 3)], cache) == read
+    other = kernel.run((A + 4096, 7), (5,), 3, counts)  # the same of other bytes
+    alone = 4 if step == 0 else 7 * 4
+    assert side_by_side([kernel.run((A, 7), (5,), 0, counts), other], CACHE) == alone
+
+
+def test_what_is_written_or_in_shared_memory_is_not_read_from_l2():
+    body = """
+	mul.wide.u32 %rd2, %r1, 4;
+	add.s64 %rd3, %rd1, %rd2;
+	st.global.b32 [ %rd3 + 0 ], { %r4 };
+	ld.shared.b32 %r4, [%r0];
+"""
+    kernel = Kernel(PTX.format(body=body, threads=32))
+    assert side_by_side([kernel.run((A, 7), (5,), 0, [0] * 99)], CACHE) == 0
+
+
+def test_programs_are_handed_out_in_turn():
+    """Ten to three multiprocessors, of two at a time: 0 to 5, then 6 to 9."""
+    found = [neighbours(n, 10, 2, 3) for n in (0, 4, 5, 6, 8, 9)]
+    assert found == [[0, 3], [1, 4], [2, 5], [6, 9], [8], [6, 9]]
 
 
 def test_an_asynchronous_copy_asks_l2_and_writes_shared_memory():

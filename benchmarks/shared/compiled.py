@@ -126,6 +126,15 @@ class Compiled(NamedTuple):
     """Names of the kernel's arguments that are not compile-time constants."""
 
     @property
+    def spills_in_loops(self) -> int:
+        """Instructions in loops that store such a register or load it again."""
+        return sum(
+            kind_of(name) == "local"
+            for n, name in enumerate(self.code.names)
+            if any(start <= n < end for start, end in self.code.loops)
+        )
+
+    @property
     def wide_loads(self) -> int:
         """Loads of 128 bits by each thread."""
         wide = re.compile(r"LDG\S*\.128|(global|buffer)_load_dwordx4")

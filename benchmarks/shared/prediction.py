@@ -43,9 +43,9 @@ from .compiled import Compiled, compiled, kind_of, kinds
 from .gpus import GPUS, Gpu
 from .residency import L2, Touched
 from .schedule import Warp, executions, weights
-from .traffic import SECTOR, Traffic, mean, traffic
+from .traffic import SECTOR, Traffic, mean, side_by_side, traffic
 
-__all__ = ["GPUS", "L2", "Gpu", "floor", "limits", "row_of"]
+__all__ = ["GPUS", "L2", "Gpu", "floor", "row_of"]
 
 
 class Work(NamedTuple):
@@ -64,16 +64,25 @@ class Work(NamedTuple):
     """Bytes that device memory reads or writes."""
     chain: float
     """Clocks of one warp alone."""
+    shared_read: float = 0
+    """Sectors that one program reads from L2 if it shares L1 with those beside it."""
+
+    def through_l2(self, read: float) -> float:
+        """Bytes, if each program reads so many sectors."""
+        return self.programs * (read + self.traffic.written) * SECTOR
 
 
 def row_of(launch: Launch, architecture: str, l2: L2) -> dict[str, Any]:
     """One launch: what the compiler made of its kernel, the predicted seconds, what binds it.
 
-    `l2` knows the launches before it.
+    `l2` knows the launches before it. Bytes through L2 are those of the prediction, and those if
+    programs share L1, being handed out to the multiprocessors in turn.
     """
     made = compiled(launch, architecture)
     code, loop = made.code, made.code.loop
-    found = limits(launch, architecture, made, l2)
+    gpu = GPUS.get(architecture)
+    work = work_of(launch, made, gpu, l2) if gpu else None
+    found = limits_of(work, gpu) if work and gpu else None
     return (
         dict(
             kernel=launch.kernel.__name__,
@@ -81,6 +90,7 @@ def row_of(launch: Launch, architecture: str, l2: L2) -> dict[str, Any]:
             warps=launch.options["num_warps"],
             registers=made.registers,
             spills=made.spills,
+            spills_in_loops=made.spills_in_loops,
             shared=made.shared,
             shared_limit=made.shared_limit,
             resident=made.resident,
@@ -89,16 +99,12 @@ def row_of(launch: Launch, architecture: str, l2: L2) -> dict[str, Any]:
             loop=len(loop),
             predicted=max(found.values()) if found else None,
             bound=max(found, key=lambda name: found[name]) if found else None,
+            l2_bytes=work.through_l2(work.traffic.read) if work else None,
+            l2_bytes_sharing=work.through_l2(work.shared_read) if work else None,
         )
         | {f"limit_{name}": seconds for name, seconds in (found or {}).items()}
         | {f"loop_{kind}": n for kind, n in kinds(loop or code.names).items()}
     )
-
-
-def limits(launch: Launch, architecture: str, made: Compiled, l2: L2) -> dict[str, float] | None:
-    """Seconds that each limit alone asks for; None for a GPU whose rates are not known."""
-    gpu = GPUS.get(architecture)
-    return None if gpu is None else limits_of(work_of(launch, made, gpu, l2), gpu)
 
 
 def limits_of(work: Work, gpu: Gpu) -> dict[str, float]:
@@ -118,9 +124,8 @@ def limits_of(work: Work, gpu: Gpu) -> dict[str, float]:
         + warps * (count["shuffle"] + spilled),
         "latency": math.ceil(work.programs / (gpu.multiprocessors * work.resident)) * work.chain,
     }
-    moved = work.programs * (work.traffic.read + work.traffic.written) * SECTOR
     return {name: clocks / gpu.clock for name, clocks in cycles.items()} | {
-        "l2": moved / gpu.l2,
+        "l2": work.through_l2(work.traffic.read) / gpu.l2,
         "dram": work.memory / gpu.bandwidth,
         "launch": gpu.launch,
     }
@@ -172,11 +177,22 @@ def work_of(launch: Launch, made: Compiled, gpu: Gpu, l2: L2) -> Work:
     values = [address(n, x) if isinstance(x, torch.Tensor) else x for n, x in enumerate(arguments)]
     programs = math.prod(launch.grid)
     counts = [0] * len(kernel.instructions)
-    cache = max(gpu.cache - made.resident * (made.shared + 1024), 0) // made.resident
+    cache = max(gpu.cache - made.resident * (made.shared + 1024), 0)
     some = sample(programs)
-    flows = [traffic(kernel.run(values, launch.grid, n, counts), cache) for n in some]
-    flow = mean(flows)
+    flow = mean(
+        [traffic(kernel.run(values, launch.grid, n, counts), cache // made.resident) for n in some]
+    )
     times = executions(made.code, kernel, [count / len(some) for count in counts])
+    sharing = [
+        side_by_side(
+            [
+                kernel.run(values, launch.grid, n, [0] * len(counts))
+                for n in neighbours(one, programs, made.resident, gpu.multiprocessors)
+            ],
+            cache,
+        )
+        for one in some
+    ]
     executed: Counter[str] = Counter()
     for name, n in zip(made.code.names, weights(made.code, times), strict=True):
         executed[name] += n  # type: ignore[assignment]  # a mean of some programs
@@ -190,7 +206,16 @@ def work_of(launch: Launch, made: Compiled, gpu: Gpu, l2: L2) -> Work:
     memory = loaded + sum(size for region, size in regions.items() if region not in flow.loaded)
     warps = launch.options["num_warps"]
     chain = Warp(made.code, times, latency(flow, loaded, programs, gpu)).run()
-    return Work(programs, made.resident, warps, executed, flow, memory, chain)
+    read = sum(sharing) / len(sharing)
+    return Work(programs, made.resident, warps, executed, flow, memory, chain, read)
+
+
+def neighbours(program: int, programs: int, resident: int, multiprocessors: int) -> list[int]:
+    """Those that a multiprocessor gets together, if programs are handed out in turn: of the first
+    that all of them hold at once, or of those after them."""
+    together = resident * multiprocessors
+    first = program // together * together + program % multiprocessors
+    return list(range(first, min(first + together, programs), multiprocessors))
 
 
 def address(place: int, x: torch.Tensor) -> int:

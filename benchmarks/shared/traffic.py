@@ -6,7 +6,7 @@ by half warps, those of 16 bytes by quarter warps: so none of them shares a wave
 half or quarter. What global memory reads through L1 is taken to be stored in the same banks.
 
 L1 keeps the sectors (32 bytes) that the program read last, as many as its share of L1 holds;
-writes go to L2. Programs on one multiprocessor are taken to share nothing.
+writes go to L2. Programs on one multiprocessor are taken to share nothing, but by `side_by_side`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -142,6 +143,17 @@ def traffic(accesses: Iterable[Access], cache: int) -> Traffic:
         which: (float(len(some)), max(some) - min(some) + 1) for which, some in touched.items()
     }
     return Traffic(**counts, touched=spans, loaded=frozenset(loaded))
+
+
+def side_by_side(programs: list[Iterable[Access]], cache: int) -> float:
+    """Sectors that each of some programs reads from L2, in the mean, if they make their accesses in
+    step and have an L1 of `cache` bytes together."""
+    l1, read = Cache(cache), 0
+    for accesses in zip_longest(*programs):
+        for kind, addresses, size, active, *_ in filter(None, accesses):
+            if kind in ("load", "copy"):
+                read += l1.misses(counted(addresses, size, active)[1].tolist())
+    return read / len(programs)
 
 
 def mean(several: list[Traffic]) -> Traffic:

@@ -45,7 +45,7 @@ def first_sum_kernel(
     tl.store(p, acc / J, (b < B) & (column < J * D))
 
 
-@triton.jit(do_not_specialize=["B", "N", "per_slice"])
+@triton.jit(do_not_specialize=["B", "N", "per_slice", "multiprocessors"])
 def dot_sum_kernel(
     u_ptr,
     W_ptr,
@@ -56,6 +56,7 @@ def dot_sum_kernel(
     B,
     N,
     per_slice,
+    multiprocessors,
     K: tl.constexpr,
     J: tl.constexpr,
     D: tl.constexpr,
@@ -80,7 +81,8 @@ def dot_sum_kernel(
     leave registers for it.
     """
     AHEAD: tl.constexpr = BLOCK_K <= 16
-    start = tl.program_id(0).to(tl.int64) * BLOCK_B
+    batch_tile, part = tile.place(multiprocessors)
+    start = batch_tile.to(tl.int64) * BLOCK_B
     rows = B - start
     row = tl.arange(0, BLOCK_B)[:, None, None].to(tl.int64)
     j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
@@ -91,7 +93,7 @@ def dot_sum_kernel(
         V = tl.load(V_ptr + o_v, m_v, 0)
     if GRADIENT:
         ds = tl.load(ds_ptr + o_v, m_v, 0)
-    first = tl.program_id(1).to(tl.int64) * per_slice
+    first = part.to(tl.int64) * per_slice
     end = tl.minimum(first + per_slice, N)
     p_W = W_ptr + first * K * J * D
     u = fragments.inputs(
@@ -148,4 +150,4 @@ def dot_sum_kernel(
         u, W = next_u, next_W
     if UNIFORM:
         acc = acc / J
-    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * B * J * D + o_v, acc, m_v)
+    tl.store(partial_ptr + part.to(tl.int64) * B * J * D + o_v, acc, m_v)

@@ -9,7 +9,7 @@ import triton.language as tl
 from . import dots, fragments, tile
 
 
-@triton.jit(do_not_specialize=["B", "N", "per_slice"])
+@triton.jit(do_not_specialize=["B", "N", "per_slice", "multiprocessors"])
 def kept_backward_dots_kernel(
     W_ptr,
     c_ptr,
@@ -18,6 +18,7 @@ def kept_backward_dots_kernel(
     B,
     N,
     per_slice,
+    multiprocessors,
     K: tl.constexpr,
     J: tl.constexpr,
     D: tl.constexpr,
@@ -34,7 +35,8 @@ def kept_backward_dots_kernel(
     rows are BLOCK_J and BLOCK_D long.
     """
     WJ: tl.constexpr = fragments.smaller(WARPS, BLOCK_J // 8)
-    start = tl.program_id(0).to(tl.int64) * BLOCK_B
+    batch_tile, part = tile.place(multiprocessors)
+    start = batch_tile.to(tl.int64) * BLOCK_B
     row = start + tl.arange(0, BLOCK_B)[:, None].to(tl.int64)
     j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -44,7 +46,7 @@ def kept_backward_dots_kernel(
     ds = tl.reshape(ds, [WARPS, BLOCK_B, BLOCK_D * WJ // WARPS, BLOCK_J // WJ])
     stride_c = tl.cdiv(B, 16).to(tl.int64) * (16 * BLOCK_J)
     c_ptr += start * BLOCK_J
-    first = tl.program_id(1).to(tl.int64) * per_slice
+    first = part.to(tl.int64) * per_slice
     end = tl.minimum(first + per_slice, N)
     p_W = W_ptr + first * K * J * D
     c = fragments.couplings(c_ptr + first * stride_c, B - start, BLOCK_B, BLOCK_J, WARPS)

@@ -8,7 +8,7 @@ from .. import device
 from . import fragments, tile
 
 
-@triton.jit(do_not_specialize=["B", "N", "per_slice"])
+@triton.jit(do_not_specialize=["B", "N", "per_slice", "multiprocessors"])
 def streamed_sum_kernel(
     u_ptr,
     W_ptr,
@@ -19,6 +19,7 @@ def streamed_sum_kernel(
     B,
     N,
     per_slice,
+    multiprocessors,
     K: tl.constexpr,
     J: tl.constexpr,
     D: tl.constexpr,
@@ -38,12 +39,13 @@ def streamed_sum_kernel(
 
     The couplings are stored if KEEP, as [N, J, B], or if FRAGMENTS, as tensor cores take them.
     """
-    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
+    batch_tile, part = tile.place(multiprocessors)
+    b = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
     j = tl.arange(0, BLOCK_J)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
     m_v = (b < B) & (j < J) & (d < D)
     o_v = b * J * D + j * D + d
-    first = tl.program_id(1).to(tl.int64) * per_slice
+    first = part.to(tl.int64) * per_slice
     acc = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
     if not UNIFORM:
         V = tl.load(V_ptr + o_v, m_v, 0)
@@ -76,7 +78,7 @@ def streamed_sum_kernel(
                     tl.store(p_c, c, (b < B) & (j < J))
     if UNIFORM:
         acc = acc / J
-    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * B * J * D + o_v, acc, m_v)
+    tl.store(partial_ptr + part.to(tl.int64) * B * J * D + o_v, acc, m_v)
 
 
 @triton.jit
@@ -179,7 +181,7 @@ def output_gradient_kernel(
         tl.store(V_ptr + o, tile.state(s_ptr + o, m, stride, r, s, SDA), m)
 
 
-@triton.jit(do_not_specialize=["B", "N", "begin", "end", "per_slice"])
+@triton.jit(do_not_specialize=["B", "N", "begin", "end", "per_slice", "multiprocessors"])
 def streamed_backward_kernel(
     u_ptr,
     W_ptr,
@@ -191,6 +193,7 @@ def streamed_backward_kernel(
     begin,
     end,
     per_slice,
+    multiprocessors,
     K: tl.constexpr,
     J: tl.constexpr,
     D: tl.constexpr,
@@ -206,7 +209,8 @@ def streamed_backward_kernel(
     WINDOWS: tl.constexpr = None,
 ):
     """du, and the terms a [TERMS (+ 1), B, end - begin, J] of d(u_hat), for i from begin to end."""
-    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
+    batch_tile, part = tile.place(multiprocessors)
+    b = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]).to(tl.int64)
     j = tl.arange(0, BLOCK_J)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
     m_v = (b < B) & (j < J) & (d < D)
@@ -214,7 +218,7 @@ def streamed_backward_kernel(
     stride_x = B.to(tl.int64) * J * D
     stride_a = B.to(tl.int64) * (end - begin) * J
     m_a = (b < B) & (j < J)
-    first = begin + tl.program_id(1).to(tl.int64) * per_slice
+    first = begin + part.to(tl.int64) * per_slice
     for i in range(first, tl.minimum(first + per_slice, end)):
         o_u = tile.capsule(b, i, N, K, WINDOWS)
         p_u = u_ptr + o_u

@@ -17,6 +17,24 @@ from .. import device
 
 
 @triton.jit
+def place(multiprocessors):
+    """Which tile of the batch and which slice of the input capsules a program of a grid of tiles
+    and slices takes.
+
+    If a GPU hands programs out to its multiprocessors in turn, as it seems to (NVIDIA does not
+    say), those beside each other on one of them take the same slice of neighbouring tiles: they
+    walk over the same input capsules, and find in L1 what one of them has read of W.
+    """
+    tiles = tl.num_programs(0)
+    programs = tiles * tl.num_programs(1)
+    n = tl.program_id(1) * tiles + tl.program_id(0)
+    who = n % multiprocessors
+    n = n // multiprocessors + who * (programs // multiprocessors)
+    n += tl.minimum(who, programs % multiprocessors)
+    return n % tiles, n // tiles
+
+
+@triton.jit
 def outputs(J: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
     """Output capsules j [1, J, 1], their components d, and which of both there are [1, J, D]."""
     j = tl.arange(0, BLOCK_J)[None, :, None]

@@ -144,7 +144,7 @@ def streamed_forward(
     kernel, options = sum_kernel(p, u, W, sda, False, windows)
     has_bias = bias is not None
     bias = v if bias is None else bias.contiguous()
-    slices = cdiv(N, p.per_slice)
+    slices, multiprocessors = cdiv(N, p.per_slice), plans.multiprocessors_of(u.device)
     partial = s.new_empty(slices, B, J, D)
     V = torch.empty_like(s[0])
     for r in range(R):
@@ -170,7 +170,7 @@ def streamed_forward(
             launch(
                 kernel,
                 (cdiv(B, p.block_b), slices),
-                *(u, W, V, V, kept, partial, B, N, p.per_slice),
+                *(u, W, V, V, kept, partial, B, N, p.per_slice, multiprocessors),
                 UNIFORM=r == 0,
                 GRADIENT=False,
                 KEEP=kept.dim() > 1 and r == R - 1,
@@ -298,12 +298,13 @@ def streamed_backward(
     a = x.new_empty((terms + sda) * B * step * J)
     p = plans.vector_plan(B, N, J, D, x.itemsize, x.device) if p.dots else p
     block_b, num_warps = plans.backward_tile(p, sda, full)
+    multiprocessors = plans.multiprocessors_of(u.device)
     for begin in range(0, N, step):
         end = min(begin + step, N)
         launch(
             streamed_backward_kernel,
             (cdiv(B, block_b), cdiv(end - begin, p.per_slice)),
-            *(u, W, x, du, a, B, N, begin, end, p.per_slice),
+            *(u, W, x, du, a, B, N, begin, end, p.per_slice, multiprocessors),
             K=K,
             J=J,
             D=D,
@@ -409,7 +410,7 @@ def kept_input_gradient(
         launch(
             kept_backward_dots_kernel,
             (cdiv(B, p.block_b), cdiv(N, p.per_slice)),
-            *(W, c, x[0], du, B, N, p.per_slice),
+            *(W, c, x[0], du, B, N, p.per_slice, plans.multiprocessors_of(u.device)),
             BLOCK_B=p.block_b,
             **kept_options(u, W, c, p, windows),
         )
@@ -477,7 +478,7 @@ def output_gradients(
     sides = (rows, block_j, padded(D)) if tiled else (B, J, D)
     x = s.new_empty(max(terms_of(R, full), 2), *sides)
     kernel, options = sum_kernel(p, u, W, sda, full, windows)
-    slices = cdiv(N, p.per_slice)
+    slices, multiprocessors = cdiv(N, p.per_slice), plans.multiprocessors_of(u.device)
     partial = s.new_empty(slices, B, J, D) if full and R > 1 else x
     dV = torch.empty_like(s[0])
     for r in reversed(range(R)):
@@ -505,7 +506,7 @@ def output_gradients(
         launch(
             kernel,
             (cdiv(B, p.block_b), slices),
-            *(u, W, V, ds, ds, partial, B, N, p.per_slice),
+            *(u, W, V, ds, ds, partial, B, N, p.per_slice, multiprocessors),
             UNIFORM=False,
             GRADIENT=True,
             KEEP=False,

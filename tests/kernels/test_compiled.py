@@ -49,7 +49,7 @@ SPILLS = [  # architectures, dtypes, kernels, cases: registers that Triton 3.8 s
     ("80|86|89|120", "float32", "owned_backward_kernel", "windows, 32.*, (rba full|sda .*)", 10),
     ("80", "float32", "owned_backward_kernel", "windows, 16.*, sda full", 6),
     ("100", "float32", "owned_backward_kernel", "windows.*", 10),
-    ("100", "float32", "dot_sum_kernel", "windows, 16 capsules, sda .*", 8),
+    ("100", "float32", "dot_sum_kernel", "windows, 16 capsules, sda .*", 9),
     # one or two, to fit in one more program
     ("90", "float16", "dot_sum_kernel", "windows, 32 capsules, sda .*", 2),
     ("100", "bfloat16", "on_chip_backward_kernel", "block layer, sda final", 2),
@@ -59,10 +59,18 @@ SPILLS = [  # architectures, dtypes, kernels, cases: registers that Triton 3.8 s
 ]
 
 
-def most_spills(row, dtype):
-    """Registers that a kernel may spill in 32 or 16 bits: none but those above."""
+IN_LOOPS = [  # of windows: how many instructions in loops store or load one; others wait outside
+    ("80", "float32", "owned_backward_kernel", "windows, 16 capsules, sda full", 2),
+    ("100", "float32", "owned_backward_kernel", "windows, 16 capsules, sda final", 7),
+    ("100", "float32", "owned_backward_kernel", "windows, 32 capsules, sda .*", 1),
+    ("120", "float32", "owned_backward_kernel", "windows, 32 capsules, rba full", 1),
+]
+
+
+def most(listed, row, dtype):
+    """Registers that a kernel may spill in 32 or 16 bits: none but those that are listed."""
     names = row["architecture"], dtype, row["kernel"], row["case"]
-    return max((n for *known, n in SPILLS if all(map(re.fullmatch, known, names))), default=0)
+    return max((n for *known, n in listed if all(map(re.fullmatch, known, names))), default=0)
 
 
 def compile_and_check(architecture, dtype, only, folder):
@@ -87,10 +95,15 @@ def compile_and_check(architecture, dtype, only, folder):
         if architecture in ("80", "89", "90"):
             limits = {key[6:]: x for key, x in row.items() if key.startswith("limit_")}
             assert row["predicted"] == limits[row["bound"]] == max(limits.values()) > 0, row
+            if row["case"] == "layer 1, rba final" and dtype == "float32":
+                assert row["l2_bytes_sharing"] <= 100e6, row
         assert row["shared"] <= row["shared_limit"], row
         assert row["resident"] >= 1, row
         if dtype != "float64" and LEAST_K == 8:  # plans are made for the Triton that has it
-            assert row["spills"] <= most_spills(row, dtype), row
+            assert row["spills"] <= most(SPILLS, row, dtype), row
+            windows = row["case"].startswith("windows") and architecture != "gfx942"
+            if windows and dtype == "float32":
+                assert row["spills_in_loops"] <= most(IN_LOOPS, row, dtype), row
     for case in {row["case"] for row in rows if "layer" in row["case"]}:
         kernels = {row["kernel"] for row in rows if row["case"] == case}
         if case.startswith("stack"):

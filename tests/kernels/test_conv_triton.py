@@ -52,10 +52,10 @@ def test_equals_the_reference_in_float64(form, method, grad, device, monkeypatch
 @pytest.fixture
 def few_programs(monkeypatch):
     """Each takes the interpreter long."""
-    monkeypatch.setattr(triton.plans, "multiprocessors_of", lambda device: 1)
+    monkeypatch.setattr(triton.plans, "multiprocessors_of", lambda device: 2)
     monkeypatch.setattr(triton.plans, "STREAM_WARPS", 1)
     monkeypatch.setattr(triton.plans, "DOT_PROGRAMS", 1)
-    monkeypatch.setattr(triton.plans, "OWNED_PROGRAMS", 6)  # two parts of the windows
+    monkeypatch.setattr(triton.plans, "OWNED_PROGRAMS", 3)  # two parts of the windows
 
 
 @settings(

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from mocapsnet.kernels import explain, launch, primary_capsules, routing, squash, votes
 from mocapsnet.kernels.primary.op import primary_backward, primary_forward
-from mocapsnet.kernels.routing import chunked, plans
+from mocapsnet.kernels.routing import chunked, plans, tile
 from mocapsnet.kernels.routing import op as routing_op
 from mocapsnet.kernels.routing import triton as routing_kernels
 from mocapsnet.kernels.routing.op import routing_backward, routing_forward
@@ -44,16 +46,16 @@ def force(form, monkeypatch):
     monkeypatch.setattr(plans, "DOT_SIZES", (4, 8) if dots else ())
     monkeypatch.setattr(plans, "DOT_K", range(1, 33))
     monkeypatch.setattr(plans, "DOT_COLUMNS", range(8, 513))
-    monkeypatch.setattr(plans, "multiprocessors_of", lambda device: 1)
-    monkeypatch.setattr(plans, "DOT_PROGRAMS", 3)
-    monkeypatch.setattr(plans, "OWNED_PROGRAMS", 6)  # several tiles of samples each
+    monkeypatch.setattr(plans, "multiprocessors_of", lambda device: 2)
+    monkeypatch.setattr(plans, "OWNED_PROGRAMS", 3)  # several tiles of samples each
+    sliced = plans.sliced  # three programs, so several input capsules each, not in their own order
+    monkeypatch.setattr(plans, "sliced", lambda B, N, block_b, _: sliced(B, N, block_b, 3))
     if form == "on chip":
         broken = ["streamed_sum_kernel", "streamed_backward_kernel", "kept_backward_kernel"]
         broken.append("dot_sum_kernel")
         broken += ["kept_backward_dots_kernel", "owned_backward_kernel"]
     else:
         monkeypatch.setattr(plans, "ON_CHIP_VOTES", 0)
-        monkeypatch.setattr(plans, "STREAM_WARPS", 3)  # several input capsules each
         broken.append("streamed_backward_kernel" if dots else "owned_backward_kernel")
     if form == "streamed in parts":
         broken.append("kept_backward_kernel")
@@ -422,6 +424,25 @@ def test_dots_follow_the_matmul_precision(precision, dots, form, device):
                 torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=2e-3)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@triton.jit
+def places_kernel(tile_ptr, slice_ptr, multiprocessors):
+    n = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    of_batch, of_inputs = tile.place(multiprocessors)
+    tl.store(tile_ptr + n, of_batch)
+    tl.store(slice_ptr + n, of_inputs)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 12, 99])
+def test_programs_of_one_multiprocessor_share_a_slice(multiprocessors, device):
+    """4 tiles and 3 slices: programs that are handed out in turn, as 0, 5 and 10 of five, follow
+    one another there, and each is taken once."""
+    tiles, slices = torch.full((2, 12), -1, dtype=torch.int32, device=device)
+    launch.launch(places_kernel, (4, 3), tiles, slices, multiprocessors)
+    of_one = [range(n, 12, multiprocessors) for n in range(min(multiprocessors, 12))]
+    order = [(tiles[n].item(), slices[n].item()) for some in of_one for n in some]
+    assert order == [(tile, part) for part in range(3) for tile in range(4)]
 
 
 def test_the_form_follows_from_shapes():
