@@ -51,9 +51,10 @@ SPILLS = [  # architectures, dtypes, kernels, cases: registers that Triton 3.8 s
     ("100", "float32", "owned_backward_kernel", "windows.*", 10),
     ("100", "float32", "dot_sum_kernel", "windows, 16 capsules, sda .*", 9),
     # one or two, to fit in one more program
-    ("90", "float16", "dot_sum_kernel", "windows, 32 capsules, sda .*", 2),
+    ("90", "b?float16", "dot_sum_kernel", "windows, 32 capsules, sda .*", 2),
     ("100", "bfloat16", "on_chip_backward_kernel", "block layer, sda final", 2),
     ("120", "b?float16", "dot_sum_kernel", "layer 1, sda .*", 1),
+    ("120", "bfloat16", "dot_sum_kernel", "windows, 16 capsules, sda .*", 2),
     ("80", "b?float16", "weight_gradient_kernel", "layer 2, 10 classes, sda final", 1),
     ("100", "b?float16", "weight_gradient_kernel", "layer 2, 10 classes, rba full", 2),
 ]
