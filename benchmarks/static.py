@@ -243,7 +243,7 @@ def draw(summary: list[report.Row]) -> Figure:
         axes.set_yticks(range(len(some)), labels)
         axes.set(title=f"{GPUS[architecture].name}\npredicted, not measured", xlabel="us")
         axes.margins(x=0.12)
-        axes.legend(loc="lower right")
+        axes.legend(loc="center right")
     return figure
 
 
