@@ -5,14 +5,17 @@
         optimizer.safetensors        the optimiser's tensors
         state.json                   its numbers, the learning rate's schedule, the best epoch so
                                      far, the format's version
+    RUN/checkpoints/epoch-0003-steps-000120/    the same, 120 steps further, and in state.json what
+                                     these steps found
 
 There is no state of random generators: what a run draws after its initial weights is drawn anew in
-each epoch, from the seed and the epoch's number.
+each epoch, from the seed and the epoch's number, and for each step before the first; no network
+that can be trained draws anything in a step.
 
 A checkpoint is written beside its final name and renamed when complete, so a folder named
 epoch-NNNN is always whole. The last one is kept, from which a run goes on, and with --keep best the
-one with the best validation accuracy too, which the last one names. Nothing is removed before what
-takes its place is there.
+one with the best validation accuracy too, which the last one names; and the last one within an
+epoch until the epoch is done. Nothing is removed before what takes its place is there.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -35,6 +39,7 @@ from mocapsnet.train.best import Best
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.files import sync_folder, write_whole
 from mocapsnet.train.run_folder import FORMAT, check_format
+from mocapsnet.train.trainer import Position
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -87,6 +92,31 @@ def folder(run: Path, epochs_done: int) -> Path:
     return run / "checkpoints" / f"epoch-{epochs_done:04d}"
 
 
+def within(run: Path, epochs_done: int) -> Path | None:
+    """The last checkpoint within the epoch after so many."""
+    found = _within(run, f"{epochs_done:04d}")
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _within(run: Path, epochs: str = "*") -> list[Path]:
+    named = (run / "checkpoints").glob(f"epoch-{epochs}-steps-*")
+    return [path for path in named if re.fullmatch(r"epoch-\d{4,9}-steps-\d{6,12}", path.name)]
+
+
+def position(checkpoint: Path) -> Position:
+    """How far the epoch had come at a checkpoint within it.
+
+    Raises: InputError if the checkpoint is damaged.
+    """
+    path = checkpoint / STATE
+    try:
+        found = json.loads(path.read_bytes())["position"]
+        steps = torch.tensor(found["steps"], dtype=torch.float64).view(-1, 4)
+        return Position(steps, float(found["lr"]), float(found["seconds"]))
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}") from error
+
+
 def best(checkpoint: Path) -> Best | None:
     """The best epoch up to a checkpoint; None if nothing was validated.
 
@@ -116,13 +146,25 @@ def kept(run: Path, keep: str) -> tuple[Path, int] | None:
 
 
 def save(
-    state: State, run: Path, epochs_done: int, best: Best | None = None, keep: str = "last"
+    state: State,
+    run: Path,
+    epochs_done: int,
+    best: Best | None = None,
+    keep: str = "last",
+    position: Position | None = None,
 ) -> None:
     """Write the state after `epochs_done` epochs, then drop the others, but for a best to keep.
 
-    For one process, as all hold the same state. Raises: OSError, with the last checkpoint in place.
+    Or, given its `position`, the state within the next epoch; then only others within one are
+    dropped. For one process, as all hold the same state.
+
+    Raises: OSError, with the last checkpoint in place.
     """
     final = folder(run, epochs_done)
+    if position is not None:
+        final = final.with_name(f"{final.name}-steps-{len(position.steps):06d}")
+        if final.exists():  # the same
+            return
     partial = final.with_suffix(".tmp")
     for stale in final.parent.glob("epoch-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -137,19 +179,24 @@ def save(
             "schedule": state.schedule and state.schedule.state_dict(),
             "best": best and {"epoch": best.epoch, "accuracy": best.accuracy},
         }
+        if position is not None:
+            rest["position"] = {
+                "steps": position.steps.tolist(),
+                "lr": position.lr,
+                "seconds": position.seconds,
+            }
         write_whole(partial / WEIGHTS, to_bytes(_plain(state.model.state_dict())))
         write_whole(partial / OPTIMIZER, to_bytes(_plain(tensors)))
         write_whole(partial / STATE, json.dumps(rest, indent=2) + "\n")
-        before = whole(run)
+        before = _within(run) if position else [*whole(run), *_within(run)]
         partial.replace(final)
         sync_folder(final.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
         raise
-    if best is not None and keep == "best":
-        before.pop(folder(run, best.epoch), None)
     for older in before:
-        shutil.rmtree(older, ignore_errors=True)
+        if not (best is not None and keep == "best" and older == folder(run, best.epoch)):
+            shutil.rmtree(older, ignore_errors=True)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -50,20 +50,22 @@ class Progress:
 
     Args:
         text: what is done, "epoch 2/30".
-        total: the images to come.
+        total: the images of it.
         shown: False for all but one process.
+        before: images that were done earlier.
     """
 
-    def __init__(self, text: str, total: int, shown: bool) -> None:
+    def __init__(self, text: str, total: int, shown: bool, before: int = 0) -> None:
         # disable=None: no bar where the output is not a terminal.
         self._bar = tqdm(
             total=total,
+            initial=before,
             desc=text,
             unit=" images",
             leave=False,
             disable=None if shown else True,
         )
-        self._text, self._total, self._done = text, total, 0
+        self._text, self._total, self._before, self._done = text, total, before, before
         self._lines = shown and self._bar.disable
         self._started = self._printed = time.monotonic()
 
@@ -83,7 +85,7 @@ class Progress:
             self._printed = now
             print(
                 f"{self._text}: {self._done:,} of {self._total:,} images, "
-                f"{self._done / (now - self._started):,.0f} images/s"
+                f"{(self._done - self._before) / (now - self._started):,.0f} images/s"
                 + (f", {facts}" if facts else ""),
                 flush=True,
             )
@@ -96,6 +98,7 @@ def describe(
     accelerator: Accelerator,
     run: Path,
     epochs_done: int,
+    steps_done: int,
     eager: str | None,
 ) -> None:
     """Print what is trained, on what, where it goes, and what the first step waits for.
@@ -107,11 +110,15 @@ def describe(
     parameters = sum(p.numel() for p in model.parameters())
     step = "a step is one CUDA graph" if eager is None else f"no CUDA graph of a step: {eager}"
     counts = [f"{count:,} {name}" for name, count in images.items()]
+    place = f"after epoch {epochs_done}"
+    if steps_done:
+        place = f"in epoch {epochs_done + 1}, after {steps_done:,} steps of it"
+    goes_on = epochs_done or steps_done
     print(
         f"{options.model.name}, {options.model.blocks} block(s), {parameters:,} parameters; "
         f"{options.data.dataset}, {', '.join(counts[:-1])} and {counts[-1]} images; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}\n"
-        + (f"continuing {run} after epoch {epochs_done}" if epochs_done else f"writing to {run}")
+        + (f"continuing {run} {place}" if goes_on else f"writing to {run}")
         + (f"\n{step}{COMPILING}" if accelerator.device.type == "cuda" else ""),
         flush=True,
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +43,10 @@ from mocapsnet.train.prepare import (
     network_config,
     settled,
 )
-from mocapsnet.train.trainer import Trainer
+from mocapsnet.train.trainer import Position, Trainer
+
+CHECKPOINT_EVERY = 600.0
+"""Seconds after which the state within an epoch is kept, in case that the machine fails."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,13 @@ def _train(
     state = checkpoints.State(bare_model, optimizer, schedules.epoch or schedules.step)
     found = checkpoints.latest(run)
     best: Best | None = None
+    begun: Position | None = None
     if found is not None:
         checkpoint, done = found
-        checkpoints.restore(checkpoint, state)
+        within = checkpoints.within(run, done)
+        checkpoints.restore(within or checkpoint, state)
+        if within is not None:
+            begun = checkpoints.position(within)
         best = checkpoints.best(checkpoint)
         checkpoints.kept(run, watch.keep)  # or the end would miss it
     else:
@@ -190,7 +196,9 @@ def _train(
                 bundles.record(run, bare_model, images.train, options.optim, 0)
             checkpoints.save(state, run, 0)
         log = MetricsLog(run, done)
-        console.describe(options, bare_model, images.counts(), accelerator, run, done, eager)
+        steps_done = len(begun.steps) if begun else 0
+        counts = images.counts()
+        console.describe(options, bare_model, counts, accelerator, run, done, steps_done, eager)
 
     criterion = make_criterion(options)
     trainer = Trainer(
@@ -204,7 +212,8 @@ def _train(
         schedules.step,
         graphed=eager is None,
     )
-    if log is not None and done == 0 and (warning := start.write(run, trainer, bare_model)):
+    at_start = log is not None and done == 0 and begun is None
+    if at_start and (warning := start.write(run, trainer, bare_model)):
         print(warning, file=sys.stderr)
     split, judging = images.judging()
 
@@ -212,37 +221,71 @@ def _train(
         target = options.optim.reconstruction_target
         return evaluate(accelerator, bare_model, criterion, by, batch_size, target, text)
 
+    def record(row: Row, epochs_done: int) -> None:
+        """Keep the state after an epoch, and the network if it is the one to keep."""
+        if options.bundles:
+            bundles.record(run, bare_model, images.train, options.optim, epochs_done)
+        checkpoints.save(state, run, epochs_done, best, watch.keep)
+        if best is None or watch.keep == "last" or best.epoch == epochs_done:
+            accuracies = (row.get("test_accuracy"), row.get("validation_accuracy"))
+            model_folder.write(run, bare_model, options, epochs_done, *accuracies)
+
     judged: Evaluation | None = None
     resume = f"mocapsnet train --resume {run}"
+    stopper = trainer.stopper
+    kept_at = time.monotonic()
+
+    def keep_position() -> None:
+        """Keep the state within the epoch, if it is between two steps."""
+        nonlocal kept_at
+        if log is not None and trainer.position is not None and _finite(bare_model):
+            checkpoints.save(state, run, done, best, watch.keep, trainer.position)
+        kept_at = time.monotonic()
+
+    def keep_position_at_times() -> None:
+        if time.monotonic() - kept_at > CHECKPOINT_EVERY:
+            keep_position()
+
     try:
-        with terminate_as_interrupt():
-            while done < epochs and not gave_up(best, done, watch.patience):
-                row = trainer.epoch(done, f"last good checkpoint: {checkpoint}")
-                if schedules.epoch is not None:
-                    schedules.epoch.step()
-                judged = judge(judging, "testing" if split == "test" else "validating")
-                row |= judged.row(split)
-                _check_finite(bare_model, split, judged, row, checkpoint)
-                if images.validation is not None:
-                    best = better(best, done + 1, judged.accuracy)
-                if log is not None:
-                    log.append(row)
-                    tracking.log(accelerator, row, done + 1)
-                    tracking.log_reconstructions(accelerator, bare_model, judging, done + 1)
-                    start.note_losses(run, done, trainer.steps, count, batch_size)
-                    left = trainer.clock.left(count * (epochs - done - 1))
-                    print(console.summary(row, epochs, left), flush=True)
-                    if options.bundles:
-                        bundles.record(run, bare_model, images.train, options.optim, done + 1)
-                    checkpoints.save(state, run, done + 1, best, watch.keep)
-                    if best is None or watch.keep == "last" or best.epoch == done + 1:
-                        accuracies = (row.get("test_accuracy"), row.get("validation_accuracy"))
-                        model_folder.write(run, bare_model, options, done + 1, *accuracies)
-                done += 1
-                checkpoint = checkpoints.folder(run, done)
-                accelerator.wait_for_everyone()
+        with stopper.watching():
+            try:
+                while done < epochs and not gave_up(best, done, watch.patience):
+                    good = f"last good checkpoint: {checkpoint}"
+                    with stopper.held():
+                        row = trainer.epoch(done, good, begun, keep_position_at_times)
+                    begun = None
+                    judged = judge(judging, "testing" if split == "test" else "validating")
+                    row |= judged.row(split)
+                    _check_finite(bare_model, split, judged, row, checkpoint)
+                    with stopper.held():
+                        trainer.position = None
+                        if schedules.epoch is not None:
+                            with warnings.catch_warnings():
+                                # no step of the optimiser before it, if all were done earlier
+                                warnings.filterwarnings("ignore", "Detected call of")
+                                schedules.epoch.step()
+                        if images.validation is not None:
+                            best = better(best, done + 1, judged.accuracy)
+                        if log is not None:
+                            log.append(row)
+                            tracking.log(accelerator, row, done + 1)
+                            tracking.log_reconstructions(accelerator, bare_model, judging, done + 1)
+                            start.note_losses(run, done, trainer.steps, count, batch_size)
+                            left = trainer.clock.left(count * (epochs - done - 1))
+                            print(console.summary(row, epochs, left), flush=True)
+                            record(row, done + 1)
+                        done += 1
+                        checkpoint = checkpoints.folder(run, done)
+                        kept_at = time.monotonic()
+                    accelerator.wait_for_everyone()
+            except KeyboardInterrupt:
+                keep_position()
+                raise
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped in epoch {done + 1}; continue with: {resume}") from None
+        place = f"in epoch {done + 1}"
+        if trainer.position is not None:
+            place += f" after {len(trainer.position.steps):,} of {len(trainer.steps):,} steps"
+        raise Interrupted(f"stopped {place}; continue with: {resume}") from None
     except Exception as error:
         said = what_failed(error)
         if said is None:
@@ -273,32 +316,17 @@ def _train(
         console.list_folder(run)
 
 
+def _finite(model: nn.Module) -> bool:
+    return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
+
+
 def _check_finite(
     model: nn.Module, split: str, judged: Evaluation, row: Row, checkpoint: Path
 ) -> None:
     """Keep a state that is not finite from becoming a checkpoint."""
-    weights = torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all()
-    if not (weights and torch.isfinite(torch.tensor(judged.loss))):
+    if not (_finite(model) and torch.isfinite(torch.tensor(judged.loss))):
         raise Diverged(
             f"after step {row['step']} (epoch {row['epoch']}) the weights or the {split} loss are "
             f"not finite: {split} loss {judged.loss}, margin {judged.margin}, reconstruction "
             f"{judged.reconstruction}; last good checkpoint: {checkpoint}"
         )
-
-
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM, as sent by job schedulers and torchrun, end the run as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    # Not by raising SIGINT, which a shell lets its background processes ignore.
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

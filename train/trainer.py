@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,25 @@ from mocapsnet.train.errors import Diverged
 from mocapsnet.train.metrics import Row
 from mocapsnet.train.optimizers import current_lr
 from mocapsnet.train.options import TrainOptions
+from mocapsnet.train.stopping import Stopper
 
 # On a GPU, reading the losses waits for the device, so they are read once in so many steps.
 STEPS_PER_CHECK = 20
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far an epoch has come.
+
+    Attributes:
+        steps: what each of its steps found [steps, 4], see `Trainer`.
+        lr: the learning rate at its start.
+        seconds: that these steps took.
+    """
+
+    steps: Tensor
+    lr: float
+    seconds: float
 
 
 @dataclass
@@ -39,6 +55,8 @@ class Trainer:
     Attributes:
         steps: of the last epoch, for each of its steps the total, margin and reconstruction loss
             and the correct predictions, summed over its images [steps, 4].
+        position: how far the epoch is, between two steps; None while weights are changing, and on a
+            GPU in steps whose losses have not been read yet.
     """
 
     accelerator: Accelerator
@@ -55,16 +73,27 @@ class Trainer:
     graph.py. One that cannot be captured makes it False."""
     clock: console.Clock = field(default_factory=console.Clock)
     steps: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
+    position: Position | None = None
+    stopper: Stopper = field(default_factory=Stopper)
     _graph: graph.Graph | None = None
 
-    def epoch(self, epoch: int, last_good: str) -> Row:
+    def epoch(
+        self,
+        epoch: int,
+        last_good: str,
+        begun: Position | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Row:
         """One pass over the training images.
 
         Args:
             epoch: 0 for the first.
             last_good: text for the message of Diverged.
+            begun: where to go on in it.
+            between: called whenever `position` is known.
         Returns: the epoch's training numbers; losses and accuracy are means per image.
-        Raises: Diverged at the latest STEPS_PER_CHECK steps after a loss that is not finite.
+        Raises: Diverged at the latest STEPS_PER_CHECK steps after a loss that is not finite;
+            KeyboardInterrupt, with `position` known, if the stopper of any process is asked.
         """
         accelerator, device = self.accelerator, self.accelerator.device
         batch_size = self.options.optim.batch_size
@@ -74,25 +103,34 @@ class Trainer:
         batches = views.to(device).split(batch_size)
         sums = torch.zeros(len(batches), 4, device=device)
         every = 1 if device.type == "cpu" else STEPS_PER_CHECK
-        totals = torch.zeros(4, dtype=torch.float64)
+        begun = begun or Position(torch.zeros(0, 4), current_lr(self.optimizer), 0.0)
+        seen = len(begun.steps)
         self.steps = torch.zeros(len(batches), 4, dtype=torch.float64)
-        lr, seen = current_lr(self.optimizer), 0
-        started = time.perf_counter()
+        self.steps[:seen] = begun.steps
+        self.position = begun if seen else None
+        totals = self.steps.sum(0)
+        started = time.perf_counter() - begun.seconds
         self.model.train()
-        still = count * (self.options.optim.epochs - epoch)
+        done_images = min(seen * batch_size, count)
+        still = count * (self.options.optim.epochs - epoch) - done_images
         self.clock.start()
-        progress = console.Progress(
-            f"epoch {epoch + 1}/{self.options.optim.epochs}", count, accelerator.is_main_process
-        )
+        text = f"epoch {epoch + 1}/{self.options.optim.epochs}"
+        progress = console.Progress(text, count, accelerator.is_main_process, done_images)
         facts = ""
         with progress:
-            for step, batch in enumerate(batches):
+            for step in range(seen, len(batches)):
+                batch = batches[step]
                 images = len(batch.indices)
+                self.position = None
                 sums[step] = self._step(batch, epoch, step)
                 self.clock.add(images)
                 still -= images
                 if (step + 1) % every == 0 or step + 1 == len(batches):
-                    done = accelerator.reduce(sums[seen : step + 1], "sum").cpu().double()
+                    # and whether a process is asked to stop, so that all stop at the same step
+                    wish = sums.new_tensor([[float(self.stopper.asked), 0, 0, 0]])
+                    found = torch.cat([wish, sums[seen : step + 1]])
+                    found = accelerator.reduce(found, "sum").cpu().double()
+                    asked, done = bool(found[0].any()), found[1:]
                     self._stop_if_not_finite(done, epoch * len(batches) + seen, epoch, last_good)
                     totals += done.sum(0)
                     self.steps[seen : step + 1] = done
@@ -104,12 +142,20 @@ class Trainer:
                         f"whole run {self.clock.left(still)} left"
                     )
                 progress.update(images, facts)
+                if seen == step + 1:
+                    seconds = time.perf_counter() - started
+                    self.position = Position(self.steps[:seen], begun.lr, seconds)
+                    between()
+                    if asked:
+                        self.stopper.asked = True
+                        if seen < len(batches):
+                            raise KeyboardInterrupt
         seconds = time.perf_counter() - started
         means = (totals / count).tolist()
         return {
             "epoch": epoch + 1,
             "step": (epoch + 1) * len(batches),
-            "lr": lr,
+            "lr": begun.lr,
             "train_loss": means[0],
             "train_margin": means[1],
             "train_reconstruction": means[2],

@@ -283,7 +283,7 @@ def test_what_is_said_of_it(
 ) -> None:
     gpu: Any = types.SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     counts = {"training": 2, "test": 1}
-    console.describe(TrainOptions(), nn.Linear(1, 1), counts, gpu, Path("run"), 0, eager)
+    console.describe(TrainOptions(), nn.Linear(1, 1), counts, gpu, Path("run"), 0, 0, eager)
     assert said in capsys.readouterr().out.splitlines()
 
 

@@ -51,13 +51,13 @@ def test_a_stopped_run_is_a_model_of_its_last_epoch(
 ) -> None:
     epoch = Trainer.epoch
 
-    def stopped(self: Trainer, number: int, last_good: str) -> object:
+    def stopped(self: Trainer, number: int, *arguments: object) -> object:
         if number == 1:
             with torch.no_grad():  # the second epoch had changed weights already
                 for p in self.model.parameters():
                     p.zero_()
             raise KeyboardInterrupt
-        return epoch(self, number, last_good)
+        return epoch(self, number, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "epoch", stopped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from mocapsnet.train.evaluation import Evaluation
@@ -119,6 +121,164 @@ def test_interrupted_in_an_epoch_and_resumed(
     assert sorted(p.name for p in whole.iterdir()) == sorted(
         p.name for p in Path("stopped").iterdir()
     )
+
+
+def at_step(number: int, act: Callable[[], None]) -> Callable[..., torch.Tensor]:
+    """`Trainer._step`, which does something in the middle of its `number`-th call."""
+    step, calls = Trainer._step, 0
+
+    def acting(self: Trainer, *arguments: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return step(self, *arguments)
+
+    return acting
+
+
+def stop_at_once() -> None:
+    raise KeyboardInterrupt
+
+
+def ask_to_stop(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+WITHIN = {  # three steps an epoch: when a signal comes, and where the run stops
+    "in an epoch": (5, signal.SIGTERM, "stopped in epoch 2 after 2 of 3 steps", 1, 2),
+    "in the first": (1, signal.SIGINT, "stopped in epoch 1 after 1 of 3 steps", 0, 1),
+    "in its last step": (6, signal.SIGINT, "stopped in epoch 2 after 3 of 3 steps", 1, 3),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--optimizer", "ranger21"),
+        ("--schedule", "cosine", "--mix", "cutmix", "--gradient-accumulation", "2"),
+        ("--validation-share", "0.3", "--keep", "best", "--bundles", "--batch-size", "12"),
+    ],
+    ids=lambda options: options[1],
+)
+@pytest.mark.parametrize("when", WITHIN)
+@pytest.mark.usefixtures("pictures")
+def test_a_stopped_run_goes_on_at_the_same_step(
+    when: str,
+    options: tuple[str, ...],
+    train: Train,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    number, sent, said, epochs, steps = WITHIN[when]
+    options = (*options, "--epochs", "3")
+    whole = train("whole", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", at_step(number, lambda: ask_to_stop(sent)))
+        code, _, errors = command("train", *TINY, "--out", "stopped", *options)
+    assert code == 130
+    assert f"{said}; continue with: mocapsnet train --resume stopped" in errors
+    stopped = Path("stopped")
+    names = {path.name for path in (stopped / "checkpoints").iterdir()}
+    assert names == {f"epoch-{epochs:04d}", f"epoch-{epochs:04d}-steps-{steps:06d}"}
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == epochs
+    with monkeypatch.context() as patch:
+        left = 9 - (number if when != "in the first" else 1)
+        patch.setattr(Trainer, "_step", at_step(left + 1, stop_at_once))  # there are no more
+        code, output, errors = command("train", "--resume", "stopped")
+    assert code == 0, errors
+    assert f"continuing stopped in epoch {epochs + 1}, after {steps} steps of it" in output
+    assert_same_run(whole, stopped)
+    assert (stopped / "start.json").read_text() == (whole / "start.json").read_text()
+
+
+@pytest.mark.usefixtures("pictures")
+def test_all_processes_stop_if_one_is_asked(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one, of which this one hears when they add up what a step has found."""
+    reduce, calls = Accelerator.reduce, 0
+
+    def with_another(self: Accelerator, found: torch.Tensor, how: str) -> torch.Tensor:
+        nonlocal calls
+        if isinstance(found, torch.Tensor) and found.shape[1:] == (4,):
+            calls += 1
+            found[0, 0] += calls == 4
+        return reduce(self, found, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "reduce", with_another)
+        code, _, errors = command("train", *TINY, "--out", "stopped", "--epochs", "2")
+    assert code == 130 and "stopped in epoch 2 after 1 of 3 steps" in errors
+    assert command("train", "--resume", "stopped")[0] == 0
+    assert_same_run(train("whole", "--epochs", "2"), Path("stopped"))
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_second_signal_stops_in_the_middle_of_a_step(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_twice() -> None:
+        ask_to_stop()
+        ask_to_stop()
+
+    whole = train("whole", "--epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", at_step(5, ask_twice))
+        code, _, errors = command("train", *TINY, "--out", "stopped", "--epochs", "2")
+    assert code == 130 and "stopped in epoch 2; continue with" in errors
+    assert checkpoint(Path("stopped")).name == "epoch-0001"
+    assert command("train", "--resume", "stopped")[0] == 0
+    assert_same_run(whole, Path("stopped"))
+
+
+@pytest.mark.usefixtures("pictures")
+def test_stopped_while_it_is_tested(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train("whole", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("mocapsnet.train.loop.evaluate", lambda *_: ask_to_stop())
+        code, _, errors = command("train", *TINY, "--out", "stopped", "--epochs", "1")
+    assert code == 130 and "stopped in epoch 1 after 3 of 3 steps" in errors
+    monkeypatch.setattr(Trainer, "_step", at_step(1, stop_at_once))  # no step is left
+    assert command("train", "--resume", "stopped")[0] == 0
+    assert_same_run(whole, Path("stopped"))
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_state_within_an_epoch_is_kept_from_time_to_time(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a run that is killed loses no more than that time."""
+    whole = train("whole", "--epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr("mocapsnet.train.loop.CHECKPOINT_EVERY", 0.0)
+        patch.setattr(Trainer, "_step", at_step(6, stop_at_once))  # nothing is kept then
+        code, _, errors = command("train", *TINY, "--out", "killed", "--epochs", "2")
+    assert code == 130 and "stopped in epoch 2; continue with" in errors
+    names = {path.name for path in Path("killed/checkpoints").iterdir()}
+    assert names == {"epoch-0001", "epoch-0001-steps-000002"}
+    code, output, _ = command("train", "--resume", "killed")
+    assert code == 0 and "in epoch 2, after 2 steps of it" in output
+    assert_same_run(whole, Path("killed"))
+    assert len(list(Path("killed/checkpoints").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_state_within_an_epoch_that_is_damaged_is_named(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", at_step(2, ask_to_stop))
+        assert command("train", *TINY, "--out", "run", "--epochs", "1")[0] == 130
+    path = Path("run/checkpoints/epoch-0000-steps-000002/state.json")
+    state = json.loads(path.read_text())
+    state["position"]["steps"][1].pop()
+    path.write_text(json.dumps(state))
+    code, _, errors = command("train", "--resume", "run")
+    assert code == 2 and f"{path} is damaged" in errors
+    assert len(errors.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("pictures")

@@ -104,7 +104,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     evaluated: list[str] = []
     now = 0
 
-    def epoch(self: Trainer, epoch: int, last_good: str) -> dict[str, Any]:
+    def epoch(self: Trainer, epoch: int, *_: object) -> dict[str, Any]:
         nonlocal now
         now = epoch
         self.optimizer.step()

@@ -35,8 +35,8 @@ from mocapsnet.train.experiments.record import claimed
 from mocapsnet.train.experiments.states import Failures, last_words
 from mocapsnet.train.experiments.table import CSV, PICTURE, TABLE, heading
 from mocapsnet.train.files import write_whole
-from mocapsnet.train.loop import terminate_as_interrupt
 from mocapsnet.train.options import ExperimentOptions
+from mocapsnet.train.stopping import Stopper
 
 LOG = "benchmark.log"
 
@@ -250,7 +250,7 @@ def _measure(one: Benchmark, folder: Path, device: str | None) -> str:
             preexec_fn=schedule.end_with_parent if sys.platform == "linux" else None,
         )
         try:
-            with terminate_as_interrupt():
+            with Stopper().watching():
                 code = process.wait()
         except KeyboardInterrupt:
             raise Interrupted(

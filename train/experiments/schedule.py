@@ -20,10 +20,10 @@ from mocapsnet.train.console import LINE_EVERY
 from mocapsnet.train.errors import Interrupted
 from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.states import Failures, State, last_words, state_of
-from mocapsnet.train.loop import terminate_as_interrupt
 from mocapsnet.train.metrics import judged_by, read_rows
 from mocapsnet.train.option_values import arguments
 from mocapsnet.train.run_folder import CONFIG, LOG
+from mocapsnet.train.stopping import Stopper
 
 PROGRAM = (sys.executable, "-m", "mocapsnet")
 
@@ -113,7 +113,7 @@ def train_all(
     waiting, children, failed = list(runs), list[Child](), list[str]()
     done = 0
     try:
-        with terminate_as_interrupt():
+        with Stopper().watching():
             while waiting or children:
                 free = set(range(where.jobs)) - {child.slot for child in children}
                 for slot in sorted(free)[: len(waiting)]:
@@ -144,8 +144,7 @@ def train_all(
         ended()
         begun = ", ".join(child.run.name for child in children)
         raise Interrupted(
-            f"stopped{f' in {begun}' if begun else ''}; everything up to the last whole epoch is "
-            f"kept. Go on with: {go_on}"
+            f"stopped{f' in {begun}' if begun else ''}; what was done is kept. Go on with: {go_on}"
         ) from None
     finally:
         _stop(children)

@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM, as sent by job schedulers and torchrun: a training stops where none of its
+work is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SOON = b"\nmocapsnet: stopping after this step; once more stops at once, and loses it\n"
+
+
+class Stopper:
+    """Turns signals into KeyboardInterrupt, at once or when a step is whole.
+
+    Attributes:
+        asked: whether one has come that waits for the end of a `held` block.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._held = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Signals inside come here, if this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A shell without job control lets what it starts in the background ignore Ctrl-C.
+        ignored = [number for number, handler in before.items() if handler is signal.SIG_IGN]
+        for number in before:
+            if not (number == signal.SIGINT and number in ignored):
+                signal.signal(number, self._signalled)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A first signal inside waits until the block has ended. Raises: KeyboardInterrupt then."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _signalled(self, *_: object) -> None:
+        if self.asked or not self._held:
+            raise KeyboardInterrupt
+        self.asked = True
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, SOON)  # print may be at work, and is not to be called twice
