@@ -6,8 +6,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+AT_ONCE = 1.0
+"""Seconds within which signals count as one: a terminal's reaches a process, and what started it
+passes it on."""
 
 SOON = b"\nmocapsnet: stopping after this step; once more stops at once, and loses it\n"
 
@@ -22,6 +27,7 @@ class Stopper:
     def __init__(self) -> None:
         self.asked = False
         self._held = False
+        self._last = 0.0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -53,6 +59,9 @@ class Stopper:
             raise KeyboardInterrupt
 
     def _signalled(self, *_: object) -> None:
+        before, self._last = self._last, time.monotonic()
+        if self.asked and self._held and self._last - before < AT_ONCE:
+            return
         if self.asked or not self._held:
             raise KeyboardInterrupt
         self.asked = True

@@ -223,13 +223,15 @@ def test_a_second_signal_stops_in_the_middle_of_a_step(
         ask_to_stop()
 
     whole = train("whole", "--epochs", "2")
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", at_step(5, ask_twice))
-        code, _, errors = command("train", *TINY, "--out", "stopped", "--epochs", "2")
-    assert code == 130 and "stopped in epoch 2; continue with" in errors
-    assert checkpoint(Path("stopped")).name == "epoch-0001"
-    assert command("train", "--resume", "stopped")[0] == 0
-    assert_same_run(whole, Path("stopped"))
+    for seconds, said in ((0.0, "epoch 2;"), (60.0, "epoch 2 after 2 of 3 steps;")):
+        with monkeypatch.context() as patch:
+            patch.setattr("mocapsnet.train.stopping.AT_ONCE", seconds)
+            patch.setattr(Trainer, "_step", at_step(5, ask_twice))
+            run = f"stopped-{seconds}"
+            code, _, errors = command("train", *TINY, "--out", run, "--epochs", "2")
+        assert code == 130 and f"stopped in {said} continue with" in errors
+        assert command("train", "--resume", run)[0] == 0
+        assert_same_run(whole, Path(run))
 
 
 @pytest.mark.usefixtures("pictures")
