@@ -21,7 +21,7 @@ class Stopper:
     """Turns signals into KeyboardInterrupt, at once or when a step is whole.
 
     Attributes:
-        asked: whether one has come that waits for the end of a `held` block.
+        asked: whether one has come; in a `held` block it waits for the end.
     """
 
     def __init__(self) -> None:
@@ -60,9 +60,10 @@ class Stopper:
 
     def _signalled(self, *_: object) -> None:
         before, self._last = self._last, time.monotonic()
-        if self.asked and self._held and self._last - before < AT_ONCE:
+        if self.asked and self._last - before < AT_ONCE:
             return
         if self.asked or not self._held:
+            self.asked = True
             raise KeyboardInterrupt
         self.asked = True
         if os.environ.get("RANK", "0") == "0":
