@@ -366,7 +366,7 @@ def test_killed_and_resumed(sent: signal.Signals, train: Train, command: Command
     else:
         assert child.returncode == -signal.SIGKILL
     whole_ones = [p for p in Path("killed/checkpoints").glob("epoch-*") if p.suffix != ".tmp"]
-    done = int(max(whole_ones).name[-4:])
+    done = int(max(whole_ones).name[6:10])
     assert 3 <= done < 400
     code, _, errors = command("train", "--resume", "killed", "--epochs", str(done + 1))
     assert code == 0, errors
