@@ -151,7 +151,7 @@ class Trainer:
                         if seen < len(batches):
                             raise KeyboardInterrupt
         seconds = time.perf_counter() - started
-        means = (totals / count).tolist()
+        means = (self.steps.sum(0) / count).tolist()  # in one order, however often it was stopped
         return {
             "epoch": epoch + 1,
             "step": (epoch + 1) * len(batches),
