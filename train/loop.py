@@ -178,11 +178,12 @@ def _train(
     begun: Position | None = None
     if found is not None:
         checkpoint, done = found
-        within = checkpoints.within(run, done)
+        best = checkpoints.best(checkpoint)
+        ends = done >= epochs or gave_up(best, done, watch.patience)
+        within = None if ends else checkpoints.within(run, done)
         checkpoints.restore(within or checkpoint, state)
         if within is not None:
             begun = checkpoints.position(within)
-        best = checkpoints.best(checkpoint)
         checkpoints.kept(run, watch.keep)  # or the end would miss it
     else:
         checkpoint, done = checkpoints.folder(run, 0), 0
@@ -236,9 +237,11 @@ def _train(
     kept_at = time.monotonic()
 
     def keep_position() -> None:
-        """Keep the state within the epoch, if it is between two steps."""
+        """Keep the state within the epoch, if it is between two steps and finite."""
         nonlocal kept_at
-        if log is not None and trainer.position is not None and _finite(bare_model):
+        if trainer.position is not None and not _finite(bare_model):
+            trainer.position = None
+        if log is not None and trainer.position is not None:
             checkpoints.save(state, run, done, best, watch.keep, trainer.position)
         kept_at = time.monotonic()
 

@@ -35,12 +35,10 @@ class Stopper:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._signalled)}
         # A shell without job control lets what it starts in the background ignore Ctrl-C.
-        ignored = [number for number, handler in before.items() if handler is signal.SIG_IGN]
-        for number in before:
-            if not (number == signal.SIGINT and number in ignored):
-                signal.signal(number, self._signalled)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, self._signalled)
         try:
             yield
         finally:
@@ -62,9 +60,9 @@ class Stopper:
         before, self._last = self._last, time.monotonic()
         if self.asked and self._last - before < AT_ONCE:
             return
-        if self.asked or not self._held:
-            self.asked = True
-            raise KeyboardInterrupt
+        waits = self._held and not self.asked
         self.asked = True
+        if not waits:
+            raise KeyboardInterrupt
         if os.environ.get("RANK", "0") == "0":
             os.write(2, SOON)  # print may be at work, and is not to be called twice

@@ -25,6 +25,9 @@ STREAMED = {  # and the kernel of du, and for rba that of the first sum
 }
 STACK = {"momentum_forward_kernel", "momentum_backward_kernel", "weight_gradient_kernel"}
 
+ORDERED = {"dot_sum_kernel", "streamed_sum_kernel", "kept_backward_dots_kernel"}
+"""Their programs are ordered so that those of one multiprocessor share W."""
+
 FINAL = "squash|primary|votes|layer.*rba final"
 PART = [
     ("80", "float32", FINAL),
@@ -96,6 +99,9 @@ def compile_and_check(architecture, dtype, only, folder):
         if architecture in ("80", "89", "90"):
             limits = {key[6:]: x for key, x in row.items() if key.startswith("limit_")}
             assert row["predicted"] == limits[row["bound"]] == max(limits.values()) > 0, row
+            large = row["case"].startswith(("layer 1", "layer 2, 100 classes"))
+            if large and row["kernel"] in ORDERED:  # else 0.99
+                assert row["l2_bytes_sharing"] <= 0.9 * row["l2_bytes"], row
             if row["case"] == "layer 1, rba final" and dtype == "float32":
                 assert row["l2_bytes_sharing"] <= 100e6, row
         assert row["shared"] <= row["shared_limit"], row

@@ -268,6 +268,33 @@ def test_the_state_within_an_epoch_is_kept_from_time_to_time(
 
 
 @pytest.mark.usefixtures("pictures")
+def test_a_run_made_shorter_ends_without_the_epoch_it_had_begun(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train("whole", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", at_step(5, ask_to_stop))
+        assert command("train", *TINY, "--out", "stopped", "--epochs", "2")[0] == 130
+    code, _, errors = command("train", "--resume", "stopped", "--epochs", "1")
+    assert code == 0, errors
+    assert json.loads(Path("stopped/result.json").read_text()) == json.loads(
+        (whole / "result.json").read_text()
+    )
+    assert rows(Path("stopped")) == rows(whole)
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_state_that_is_not_finite_is_not_kept(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mocapsnet.train.loop._finite", lambda _: False)
+    monkeypatch.setattr(Trainer, "_step", at_step(2, ask_to_stop))
+    code, _, errors = command("train", *TINY, "--out", "run", "--epochs", "1")
+    assert code == 130 and "stopped in epoch 1; continue with" in errors
+    assert checkpoint(Path("run")).name == "epoch-0000"
+
+
+@pytest.mark.usefixtures("pictures")
 def test_a_state_within_an_epoch_that_is_damaged_is_named(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
