@@ -80,7 +80,7 @@ def dot_sum_kernel(
     u and W are loaded a turn ahead of their use, so that a warp does not wait for them, if they
     leave registers for it.
     """
-    AHEAD: tl.constexpr = BLOCK_K <= 16
+    AHEAD: tl.constexpr = BLOCK_K <= (8 if SDA and UNIFORM else 16)
     batch_tile, part = tile.place(multiprocessors)
     start = batch_tile.to(tl.int64) * BLOCK_B
     rows = B - start

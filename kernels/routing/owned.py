@@ -36,7 +36,8 @@ def owned_backward_kernel(
     """du [B, N, K] and dW [parts, N, K, J, D] of one input capsule and one part of the batch.
 
     x holds ds and states as `output_gradients` leaves them. PRECISION is that of votes, PRECISION_G
-    that of products with d(vote), see dots.py.
+    that of products with d(vote), see dots.py. du is made before dW: W is then no longer in
+    registers when d(vote) changes lanes for dW, and with K of 16 none are spilled.
     """
     i = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -72,8 +73,6 @@ def owned_backward_kernel(
             g += fragments.outputs(p_x, rows, J, D, BLOCK_J, BLOCK_D, WARPS) / J
         if SDA:
             g, along = tile.unshorten(g, u_hat, f, length)
-        b_u = fragments.samples(p_u, start, rows, row_u, K, BLOCK_K, WARPS, WINDOWS).to(ACC)
-        dW = dots.add(dW, dots.dot(fragments.operand(g, WARPS, True), b_u, PRECISION_G))
         W = fragments.whole_weights(p_W, True, K, J, D, BLOCK_K, BLOCK_J, BLOCK_D, WARPS)
         b_W = W.to(ACC)
         du = tl.sum(dots.dot(fragments.operand(g, WARPS, False), b_W, PRECISION_G), 0)  # [16, K]
@@ -82,10 +81,12 @@ def owned_backward_kernel(
         m_u = (row < rows) & (k < K)
         if SDA:
             radial = tl.reshape(tl.sum(along, 1, keep_dims=True), [16, 1])
-            p_u = fragments.of_samples(p_u, start, row, row_u, WINDOWS) + k
-            du += radial * tl.load(p_u, m_u, 0).to(ACC)
+            p_rows = fragments.of_samples(p_u, start, row, row_u, WINDOWS) + k
+            du += radial * tl.load(p_rows, m_u, 0).to(ACC)
         p_du = fragments.of_samples(du_ptr + i * K, start, row, row_u, WINDOWS) + k
         tile.store_gradient(p_du, du, m_u, WINDOWS)
+        b_u = fragments.samples(p_u, start, rows, row_u, K, BLOCK_K, WARPS, WINDOWS).to(ACC)
+        dW = dots.add(dW, dots.dot(fragments.operand(g, WARPS, True), b_u, PRECISION_G))
     k = tl.arange(0, BLOCK_K)[:, None, None]
     p_dW = dW_ptr + part * (N.to(tl.int64) * K * J * D) + (i * K + k) * J * D + j * D + d
     tl.store(p_dW, fragments.weight_tile(dW, BLOCK_J, BLOCK_D), (k < K) & m)
