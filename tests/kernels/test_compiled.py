@@ -25,13 +25,19 @@ STREAMED = {  # and the kernel of du, and for rba that of the first sum
 }
 STACK = {"momentum_forward_kernel", "momentum_backward_kernel", "weight_gradient_kernel"}
 
-ORDERED = {"dot_sum_kernel", "streamed_sum_kernel", "kept_backward_dots_kernel"}
-"""Their programs are ordered so that those of one multiprocessor share W."""
+ORDERED = {
+    "dot_sum_kernel": 0.9,
+    "streamed_sum_kernel": 0.9,
+    "kept_backward_dots_kernel": 0.9,
+    "streamed_backward_kernel": 0.7,
+}
+"""Programs are ordered so that those of one multiprocessor share W: what that leaves of bytes
+through L2 at most, where it has several. Without the order it is 0.99, of the last kernel 0.85."""
 
 FINAL = "squash|primary|votes|layer.*rba final"
 PART = [
     ("80", "float32", FINAL),
-    ("90", "float32", "(layer 1|block layer), (sda|rba full)|windows, 16"),
+    ("90", "float32", "(layer 1|block layer), (sda|rba full)|100 classes, sda final|windows, 16"),
     ("90", "bfloat16", FINAL),
 ]
 WHOLE = [
@@ -85,8 +91,8 @@ def compile_and_check(architecture, dtype, only, folder):
             limits = {key[6:]: x for key, x in row.items() if key.startswith("limit_")}
             assert row["predicted"] == limits[row["bound"]] == max(limits.values()) > 0, row
             large = row["case"].startswith(("layer 1", "layer 2, 100 classes"))
-            if large and row["kernel"] in ORDERED:  # else 0.99
-                assert row["l2_bytes_sharing"] <= 0.9 * row["l2_bytes"], row
+            if large and row["kernel"] in ORDERED and row["resident"] > 1:
+                assert row["l2_bytes_sharing"] <= ORDERED[row["kernel"]] * row["l2_bytes"], row
             if row["case"] == "layer 1, rba final" and dtype == "float32":
                 assert row["l2_bytes_sharing"] <= 100e6, row
         assert row["shared"] <= row["shared_limit"], row
