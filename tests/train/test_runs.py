@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -145,6 +145,15 @@ def ask_to_stop(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[Callable[[object], object]]:
+    """Sets what SIGINT does, at first what it does in a terminal: a shell without job control lets
+    what it starts in the background, tests too, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda action: signal.signal(signal.SIGINT, action)
+    signal.signal(signal.SIGINT, before)
+
+
 WITHIN = {  # three steps an epoch: when a signal comes, and where the run stops
     "in an epoch": (5, signal.SIGTERM, "stopped in epoch 2 after 2 of 3 steps", 1, 2),
     "in the first": (1, signal.SIGINT, "stopped in epoch 1 after 1 of 3 steps", 0, 1),
@@ -162,7 +171,7 @@ WITHIN = {  # three steps an epoch: when a signal comes, and where the run stops
     ids=lambda options: options[1],
 )
 @pytest.mark.parametrize("when", WITHIN)
-@pytest.mark.usefixtures("pictures")
+@pytest.mark.usefixtures("pictures", "interrupts")
 def test_a_stopped_run_goes_on_at_the_same_step(
     when: str,
     options: tuple[str, ...],
@@ -190,6 +199,17 @@ def test_a_stopped_run_goes_on_at_the_same_step(
     assert f"continuing stopped in epoch {epochs + 1}, after {steps} steps of it" in output
     assert_same_run(whole, stopped)
     assert (stopped / "start.json").read_text() == (whole / "start.json").read_text()
+
+
+@pytest.mark.usefixtures("pictures")
+def test_where_ctrl_c_is_ignored_a_run_goes_on(
+    train: Train, interrupts: Callable[[object], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupts(signal.SIG_IGN)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", at_step(2, lambda: ask_to_stop(signal.SIGINT)))
+        run = train("whole", "--epochs", "1")
+    assert checkpoint(run).name == "epoch-0001"
 
 
 @pytest.mark.usefixtures("pictures")
