@@ -37,7 +37,7 @@ def owned_backward_kernel(
 
     x holds ds and states as `output_gradients` leaves them. PRECISION is that of votes, PRECISION_G
     that of products with d(vote), see dots.py. du is made before dW: W is then no longer in
-    registers when d(vote) changes lanes for dW, and with K of 16 none are spilled.
+    registers when d(vote) changes lanes for dW. Windows with K of 16 spilled some otherwise.
     """
     i = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)

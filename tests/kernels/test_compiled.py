@@ -97,6 +97,7 @@ def compile_and_check(architecture, dtype, only, folder):
                 assert row["l2_bytes_sharing"] <= 100e6, row
         assert row["shared"] <= row["shared_limit"], row
         assert row["resident"] >= 1, row
+        assert row["spills"] or not row["spills_in_loops"], row
         if dtype != "float64" and LEAST_K == 8:  # plans are made for the Triton that has it
             assert row["spills"] <= most(row, dtype), row
     for case in {row["case"] for row in rows if "layer" in row["case"]}:
