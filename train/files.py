@@ -11,13 +11,18 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
     The file gets the mode that the umask gives, and is on disk when this returns.
     """
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it meanwhile
     with partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
+
+
+def is_partial(name: str, of: str) -> bool:
+    """Whether a file is what a kill left of a file `of` that was being written."""
+    return name.startswith(f"{of}.") and name.endswith(".tmp")
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 
 from mocapsnet import CapsNet
@@ -32,6 +33,7 @@ from mocapsnet.train.errors import Diverged, Failed, InputError, Interrupted, wh
 from mocapsnet.train.evaluation import Evaluation, evaluate
 from mocapsnet.train.metrics import MetricsLog, Row
 from mocapsnet.train.optimizers import build_optimizer, parameter_groups
+from mocapsnet.train.option_values import RESNET
 from mocapsnet.train.options import TrainOptions
 from mocapsnet.train.plots import write_pictures
 from mocapsnet.train.prepare import (
@@ -87,7 +89,7 @@ def train(options: TrainOptions) -> Path:
                 return run
         images = _images(options, accelerator)
         if not new:
-            run_folder.check_images(run, images.train)
+            run_folder.check_images(run, images.train, images.test)
         options = settled(options, images.train)
         _check_fit(options, images.train, accelerator)
         eager = graph.why_eager(options, accelerator, len(images.train))
@@ -124,13 +126,9 @@ def finished(run: Path, options: TrainOptions) -> str | None:
         )
     best = checkpoints.best(checkpoint)
     stopped = gave_up(best, done, options.watch.patience)
-    # The last thing that a run writes. One that was killed just before writes it when continued.
-    card = run / model_folder.FOLDER / "README.md"
-    written = (checkpoint / checkpoints.STATE, run / result.NAME, card)  # in this order
-    if (epochs > done and not stopped) or not all(path.exists() for path in written):
-        return None
-    times = [path.stat().st_mtime for path in written]
-    if times != sorted(times):
+    # The result is the last thing that a run writes. One that was killed just before writes it when
+    # continued.
+    if (epochs > done and not stopped) or result.epochs_done(run) != done:
         return None
     if epochs > done:
         return f"{run} {_why_early(best, done, options)}; give a larger --patience to go on"
@@ -147,8 +145,24 @@ def _why_early(best: Best | None, done: int, options: TrainOptions) -> str:
 def _check_fit(options: TrainOptions, train_set: ImageSet, accelerator: Accelerator) -> None:
     parts = accelerator.num_processes * options.optim.gradient_accumulation
     images = -(-min(options.optim.batch_size, len(train_set)) // parts)
+    _check_shares(options, len(train_set), parts)
     config = network_config(options, train_set)
     memory.check_fit(config, options.optim, images, accelerator.device)
+
+
+def _check_shares(options: TrainOptions, count: int, parts: int) -> None:
+    """Refuse shares of a batch that a network cannot normalise over."""
+    if options.model.name != RESNET:
+        return
+    batch_size = options.optim.batch_size
+    for images in {min(batch_size, count), count % batch_size or batch_size}:
+        if images // parts < 2:
+            split = f", split {parts} ways" if parts > 1 else ""
+            raise InputError(
+                f"{RESNET} normalises over the images that it sees together and needs two of them; "
+                f"of {count:,} training images a batch has {images}{split}; choose another "
+                "--batch-size, --limit or --gradient-accumulation"
+            )
 
 
 def _train(
@@ -191,7 +205,7 @@ def _train(
     tracking.start(accelerator, run, options, done)
     log = None
     if accelerator.is_main_process:
-        run_folder.write_config(run, options, images.train)
+        run_folder.write_config(run, options, images.train, images.test)
         if found is None:  # also a run that is stopped in its first epoch can be resumed
             if options.bundles:
                 bundles.record(run, bare_model, images.train, options.optim, 0)
@@ -220,6 +234,7 @@ def _train(
 
     def judge(by: ImageSet, text: str) -> Evaluation:
         target = options.optim.reconstruction_target
+        broadcast(list(bare_model.buffers()))  # each process has running statistics of its own
         return evaluate(accelerator, bare_model, criterion, by, batch_size, target, text)
 
     def record(row: Row, epochs_done: int) -> None:
@@ -271,12 +286,12 @@ def _train(
                             best = better(best, done + 1, judged.accuracy)
                         if log is not None:
                             log.append(row)
-                            tracking.log(accelerator, row, done + 1)
-                            tracking.log_reconstructions(accelerator, bare_model, judging, done + 1)
                             start.note_losses(run, done, trainer.steps, count, batch_size)
                             left = trainer.clock.left(count * (epochs - done - 1))
                             print(console.summary(row, epochs, left), flush=True)
                             record(row, done + 1)
+                            tracking.log(accelerator, row, done + 1)
+                            tracking.log_reconstructions(accelerator, bare_model, judging, done + 1)
                         done += 1
                         checkpoint = checkpoints.folder(run, done)
                         kept_at = time.monotonic()
@@ -313,9 +328,9 @@ def _train(
             print(_why_early(best, done, options))
         print(result.sentence(tested, kept, best, watch.keep))
         write_pictures(run, log.rows, bare_model, images.test, tested, kept)
-        result.write(run, kept, done, early, best, tested, images.test)
         validated = {row["epoch"]: row.get("validation_accuracy") for row in log.rows}.get(kept)
         model_folder.write(run, bare_model, options, kept, tested.accuracy, validated)
+        result.write(run, kept, done, early, best, tested, images.test)
         console.list_folder(run)
 
 

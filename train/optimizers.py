@@ -161,4 +161,5 @@ def cosine(steps: int) -> Callable[[int], float]:
 
 def current_lr(optimizer: Optimizer) -> float:
     """The learning rate of the last step (Ranger21 keeps its own) or of the next one (Adam)."""
-    return float(getattr(optimizer, "current_lr", optimizer.param_groups[0]["lr"]))
+    own = getattr(optimizer, "optimizer", optimizer)  # not Accelerate's around it
+    return float(getattr(own, "current_lr", own.param_groups[0]["lr"]))

@@ -92,7 +92,12 @@ def resolve(options: TrainOptions) -> TrainOptions:
         }
         return dataclasses.replace(group, **missing)
 
-    data = fill(options.data)
+    data = options.data
+    if data.crop == "resized" and data.test_crop == "centre":
+        if data.pad:
+            raise InputError(f"--pad {data.pad} is for --crop padded, or for --test-crop random")
+        data = dataclasses.replace(data, pad=0)
+    data = fill(data)
     if data.normalisation == "fixed" and data.pixel_mean is None and data.pixel_std is None:
         mean, std = PUBLISHED_PIXELS.get(data.dataset, (0.5, 0.5))
         data = dataclasses.replace(data, pixel_mean=(mean,), pixel_std=(std,))
@@ -223,7 +228,9 @@ def _check_use(options: TrainOptions) -> None:
         if options.optim.class_lr_factor not in (None, 1.0):
             refuse(["optim.class_lr_factor"], "is for --optimizer adam")
     if options.model.method != "sda":
-        refuse(["model.sda_scale"], "is for --method sda")
+        refuse(["model.sda_mean", "model.sda_scale"], "is for --method sda")
+    if options.model.memory == "stored":
+        refuse(["model.anchor_every"], "is for --memory reversible")
     if options.optim.optimizer != "ranger21":
         refuse(["optim.planned_steps"], "is for --optimizer ranger21")
     if options.data.pad == 0:

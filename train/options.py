@@ -228,7 +228,8 @@ class OptimOptions:
         preset("batch_size: Images per optimiser step, over all processes and micro-batches."),
     ] = FROM_PRESET
     gradient_accumulation: int = 1
-    """Micro-batches each process splits its share of a batch into; saves memory, same result."""
+    """Micro-batches each process splits its share of a batch into; saves memory, same result, but
+    for resnet18, which normalises over each of them."""
     class_lr_factor: float | None = None
     """The weights of the class capsules are learned at so many times the learning rate, with adam
     (None: conv-mocapsnet a tenth of the number of classes, at least 1, else 1). A capsule

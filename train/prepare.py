@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from mocapsnet import (
     CapsNet,
@@ -23,7 +24,7 @@ from mocapsnet import (
 )
 from mocapsnet.doctor import cpu_has_bfloat16
 from mocapsnet.train import data
-from mocapsnet.train.errors import InputError
+from mocapsnet.train.errors import InputError, what_failed
 from mocapsnet.train.option_values import CONV, DENSE, RESNET, preprocessing
 from mocapsnet.train.options import DataOptions, MachineOptions, TrainOptions
 
@@ -67,21 +68,29 @@ def make_repeatable(seed: int) -> None:
 def load_data(
     options: DataOptions, accelerator: Accelerator, seed: int
 ) -> tuple[data.ImageSet, data.ImageSet]:
-    """Training and test images on the device. One process fetches or decodes for all.
+    """Training and test images on the device. One process fetches or decodes for all. Collective.
 
     Args:
         seed: of the run, for `test_crop`.
+    Raises: InputError, in all processes alike.
     """
     main = accelerator.is_main_process
     if main:
         source = "" if options.dataset == "digits" else f" below {options.data_dir}"
         print(f"reading {options.dataset}{source}", flush=True)
-    shared_work = options.download or options.dataset == "folder"
-    if shared_work and not main:
-        accelerator.wait_for_everyone()
-    train_set, test_set = data.load(options, quiet=not main)
-    if shared_work and main:
-        accelerator.wait_for_everyone()
+    found, problem = None, [""]
+    if main:
+        try:
+            found = data.load(options)
+        except Exception as error:
+            said = str(error) if isinstance(error, InputError) else what_failed(error)
+            if said is None:
+                raise
+            problem = [said]
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise InputError(problem[0])
+    train_set, test_set = found or data.load(options, quiet=True)
     limit, device = options.limit, accelerator.device
     train_set, test_set = train_set.first(limit), test_set.first(limit)
     if options.test_crop == "random":

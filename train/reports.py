@@ -22,7 +22,7 @@ from mocapsnet.train.prepare import (
     make_criterion,
     make_repeatable,
 )
-from mocapsnet.train.run_folder import check_images, read_config
+from mocapsnet.train.run_folder import check_test_images, read_config
 
 # Classes whose accuracy is printed; of more, the least accurate.
 SHOWN = 20
@@ -56,7 +56,7 @@ def report(command: RunOptions) -> Evaluation:
     accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
     make_repeatable(options.optim.seed)
     train_set, test_set = load_data(source, accelerator, options.optim.seed)
-    check_images(run, test_set)
+    check_test_images(run, test_set)
     if options.watch.validation_share is not None:  # those that the run trained with
         share, seed = options.watch.validation_share, options.data.split_seed
         train_set, _ = hold_out(train_set, share, seed)

@@ -43,8 +43,17 @@ def write(
 
 def test_accuracy(run: Path) -> float | None:
     """Of the network that a run has kept; None if the run has not ended, or says it otherwise."""
+    return _number(run, "test_accuracy")
+
+
+def epochs_done(run: Path) -> float | None:
+    """Those that a run had done when it last ended; None if it never has."""
+    return _number(run, "epochs_done")
+
+
+def _number(run: Path, name: str) -> float | None:
     try:
-        return float(json.loads((run / NAME).read_bytes())["test_accuracy"])
+        return float(json.loads((run / NAME).read_bytes())[name])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

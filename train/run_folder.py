@@ -29,13 +29,13 @@ from filelock import FileLock, Timeout
 
 from mocapsnet.train import data
 from mocapsnet.train.errors import InputError
-from mocapsnet.train.files import write_whole
+from mocapsnet.train.files import is_partial, write_whole
 from mocapsnet.train.option_values import from_json, to_json
 from mocapsnet.train.options import TrainOptions
 
 # Of config.json and of checkpoints. 0, which they do not name: training state in pickles. A new
 # option needs a new format: in files of an older one an option that is missing has its default.
-FORMAT = 7
+FORMAT = 8
 
 CONFIG = "config.json"
 LOCK, HOLDER = ".lock", ".lock-holder.json"
@@ -62,8 +62,10 @@ def choose(options: TrainOptions) -> Path:
 
 def _check_empty(run: Path) -> None:
     # What a run leaves that was killed before its config.json was there.
-    remains = {LOCK, HOLDER, LOG, TENSORBOARD, CONFIG + ".tmp"}
-    if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - remains):
+    remains = {LOCK, HOLDER, LOG, TENSORBOARD}
+    names = {p.name for p in run.iterdir()} if run.is_dir() else {""}
+    names -= {name for name in names if is_partial(name, CONFIG)}
+    if run.exists() and names - remains:
         raise InputError(
             f"{run} exists and is not an empty folder; choose another --out, or continue that run "
             f"with --resume {run}"
@@ -124,7 +126,9 @@ def holder(folder: Path) -> str:
         return "another process"
 
 
-def write_config(run: Path, options: TrainOptions, images: data.ImageSet) -> None:
+def write_config(
+    run: Path, options: TrainOptions, images: data.ImageSet, test_images: data.ImageSet
+) -> None:
     """Write or update RUN/config.json; each start of the run adds its command line."""
     path = run / CONFIG
     commands = _read(path).get("commands") if path.exists() else None
@@ -137,6 +141,7 @@ def write_config(run: Path, options: TrainOptions, images: data.ImageSet) -> Non
         "options": to_json(options),
         "image_shape": images.image_shape,
         "classes": images.classes,
+        "files": {"training": images.files, "test": test_images.files},
         "versions": versions,
         "commands": [
             *(commands if isinstance(commands, list) else []),
@@ -167,14 +172,50 @@ def read_config(run: Path) -> TrainOptions:
 
 
 def _as_it_was(options: Any, written: int) -> Any:
-    """The options of a run in whose time one of them had another default."""
+    """The options of a run in whose time one of them had another default, or was accepted where it
+    had no effect."""
     match options:
         case {"model": {"name": "conv-mocapsnet"}, "optim": dict(optim)} if written < 7:
-            return options | {"optim": {"class_lr_factor": 1.0, "down_weight": 0.5} | optim}
+            options = options | {"optim": {"class_lr_factor": 1.0, "down_weight": 0.5} | optim}
+    match options:
+        case {"data": {"crop": "resized"} as data} if written < 8:
+            if data.get("test_crop", "centre") == "centre":
+                options = options | {"data": data | {"pad": 0}}
+    match options:
+        case {"model": {"method": "rba"} as model} if written < 8:
+            options = options | {"model": model | {"sda_mean": "input"}}
+    match options:
+        case {"model": {"memory": "stored"} as model} if written < 8:
+            options = options | {"model": model | {"anchor_every": None}}
     return options
 
 
-def check_images(run: Path, images: data.ImageSet) -> None:
+def check_images(run: Path, images: data.ImageSet, test_images: data.ImageSet) -> None:
+    """Raises: InputError if a run cannot go on with these images, as it began with others."""
+    _check_classes(run, images)
+    config = _read(run / CONFIG)
+    for split, now in (("training", images), ("test", test_images)):
+        if not _as_then(config, split, now):
+            raise InputError(
+                f"the {split} images are other files than those {run} began with; restore them, "
+                "give their folder with --data-dir, or train a new run"
+            )
+
+
+def check_test_images(run: Path, images: data.ImageSet) -> None:
+    """Raises: InputError if a run cannot be tested with these images: it knows other classes, or
+    it may have been trained on some of them."""
+    _check_classes(run, images)
+    if images.drawn and not _as_then(_read(run / CONFIG), "test", images):
+        raise InputError(
+            f"the folder does not hold the image files that {run} was trained and tested with, so "
+            "others would be held out for testing, and some of them it may have been trained on; "
+            "restore those files, or test with images of their own: --data-dir DIR with DIR/train "
+            "and DIR/test"
+        )
+
+
+def _check_classes(run: Path, images: data.ImageSet) -> None:
     """Raises: InputError if a run knows other classes, or images of another shape, than these."""
     config = _read(run / CONFIG)
     for name, now in (("classes", images.classes), ("image_shape", images.image_shape)):
@@ -191,6 +232,12 @@ def check_images(run: Path, images: data.ImageSet) -> None:
                 f"{run / CONFIG} has {had}; give the data set of that run, with --data-dir where "
                 "it has moved, or train a new run"
             )
+
+
+def _as_then(config: dict[str, Any], split: str, images: data.ImageSet) -> bool:
+    """Whether images are of the files that a run was begun with."""
+    files = config.get("files")  # the first runs did not write them down
+    return not isinstance(files, dict) or files.get(split) == images.files
 
 
 def _read(path: Path) -> dict[str, Any]:

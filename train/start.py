@@ -60,6 +60,7 @@ def write(run: Path, trainer: Trainer, model: CapsNet) -> str | None:
     sums = torch.zeros(4, device=accelerator.device)
     gradients = [torch.zeros_like(w) for w in weights]
     lengths: dict[str, Tensor] = {}
+    buffers = [buffer.clone() for buffer in model.buffers()]  # running statistics
     model.train()
     for share in shares:
         pixels, _ = share
@@ -70,6 +71,8 @@ def write(run: Path, trainer: Trainer, model: CapsNet) -> str | None:
         new = torch.autograd.grad(loss, weights, allow_unused=True)
         for gradient, part in zip(gradients, new, strict=True):
             gradient += 0 if part is None else part
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
     of = {id(w): g for w, g in zip(weights, gradients, strict=True)}
     layers = []
     for name, layer in model.named_modules():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,7 @@ def start(accelerator: Accelerator, run: Path, options: TrainOptions, epochs_don
                 if tracker.name != TENSORBOARD:  # there it would be another run
                     tracker.store_init_configuration(_plain(options))
         except Exception as error:  # noqa: BLE001 - what other packages raise
-            problem[0] = (
-                f"--track {' '.join(names)} does not start: {type(error).__name__}: "
-                f"{' '.join(str(error).split())}"
-            )
+            problem[0] = f"--track {' '.join(names)} does not start: {_said(error)}"
     broadcast_object_list(problem)
     if problem[0]:
         raise InputError(problem[0])
@@ -94,7 +93,8 @@ def log(accelerator: Accelerator, row: Row, epoch: int) -> None:
         for name, value in row.items()
         if name not in ("epoch", "step")
     }
-    accelerator.log(values, step=epoch)
+    with _going_on(f"epoch {epoch}"):
+        accelerator.log(values, step=epoch)
 
 
 def log_reconstructions(
@@ -105,9 +105,26 @@ def log_reconstructions(
     if not boards or model.decoder is None:
         return
     grid = reconstruction_grid(model, images).numpy()
-    for board in boards:
-        board.log_images({"reconstructions": grid[None]}, step=epoch, dataformats="NHWC")
-        board.writer.flush()
+    with _going_on(f"the reconstructions of epoch {epoch}"):
+        for board in boards:
+            board.log_images({"reconstructions": grid[None]}, step=epoch, dataformats="NHWC")
+            board.writer.flush()
+
+
+@contextlib.contextmanager
+def _going_on(what: str) -> Iterator[None]:
+    """A tracker that fails, as without a network, costs what it was to get, not the training."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - what other packages raise
+        print(
+            f"mocapsnet: warning: a tracker did not take {what}: {_said(error)}",
+            file=sys.stderr,
+        )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @torch.no_grad()
@@ -129,5 +146,6 @@ def reconstruction_grid(model: CapsNet, images: data.ImageSet) -> torch.Tensor:
 def close(accelerator: Accelerator) -> None:
     """Let every tracker write what it still holds."""
     for tracker in accelerator.trackers:
-        tracker.finish()
+        with _going_on("its last numbers"):
+            tracker.finish()
     accelerator.trackers.clear()

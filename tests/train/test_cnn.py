@@ -15,7 +15,7 @@ from mocapsnet.train import recipes
 from mocapsnet.train.option_values import resolve
 from mocapsnet.train.options import ModelOptions, TrainOptions
 
-from .helpers import rows, weights
+from .helpers import rows, run_two, weights
 
 Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
@@ -81,6 +81,30 @@ def test_a_resnet(command: Command) -> None:
     assert code == 0 and f"test accuracy {row['test_accuracy']:.2%}" in output
     code, _, errors = command("train", "--model", "resnet18", "--channels", "8")
     assert code == 2 and "--channels 8 is for networks of capsules; resnet18 " in errors
+
+
+def test_a_resnet_needs_two_images_at_a_time(command: Command) -> None:
+    words = "train --model resnet18 --epochs 1 --device cpu --out run".split()
+    for sizes, said in {
+        "--limit 65 --batch-size 32": "of 65 training images a batch has 1;",
+        "--gradient-accumulation 2": "of 1,347 training images a batch has 3, split 2 ways;",
+    }.items():
+        code, _, errors = command(*words, *sizes.split())
+        assert code == 2 and said in errors and errors.count("\n") == 1
+    assert not Path("run").exists()
+
+
+def test_processes_test_one_resnet() -> None:
+    """With the running statistics of the first, which the checkpoint has."""
+    words = "train --model resnet18 --limit 32 --batch-size 16 --epochs 1 --device cpu --track"
+    done = run_two(*words.split(), "--out", "run")
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(Path("run"))
+    statistics = {n: v for n, v in weights(Path("run")).items() if n.endswith("batches_tracked")}
+    assert len(statistics) == 20 and set(map(int, statistics.values())) == {2}  # one for each step
+    done = run_two("evaluate", "run", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert f"loss {row['test_loss']:.4f}" in done.stdout
 
 
 def test_the_published_recipe_without_capsules() -> None:

@@ -41,6 +41,7 @@ from mocapsnet.train.experiments.record import Record
 from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.states import State
 from mocapsnet.train.metrics import read_rows
+from mocapsnet.train.option_values import to_json
 
 from .helpers import TINY, assert_same_run
 
@@ -313,6 +314,28 @@ def test_more_epochs_make_runs_longer(fake: Configuration, command: Command) -> 
         "experiment", "own.json", "--seeds", "4", "--optimizer", "ranger21", "--epochs", "9"
     )
     assert code == 2 and "--optimizer adam" in errors
+
+
+def test_what_may_be_given_anew_reaches_a_run_that_goes_on(
+    fake: Configuration, command: Command
+) -> None:
+    given = "--validation-share 0.25 --patience 3 --track --graph off".split()
+    (run,) = runs_of(fake, validation_share=0.25, patience=3, track=[], graph="off", epochs=1)[:1]
+    assert run.name == f"{NAME}0"
+    folder = Path("runs/own", run.name)
+    shutil.copytree("template", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["options"] = to_json(
+        dataclasses.replace(
+            run.options, watch=dataclasses.replace(run.options.watch, patience=2, track=())
+        )
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").unlink()
+    code, _, _ = command("experiment", "own.json", "--seeds", "0", "--epochs", "1", *given)
+    assert code == 1  # as this training trains nothing
+    words = f"--resume {folder} --epochs 1 --device cpu --graph off --patience 3 --track\n"
+    assert words in outputs(0)
 
 
 CELLS = {
@@ -696,7 +719,8 @@ def test_time_is_a_line_between_the_fewest_and_the_most_blocks(
 
 
 def test_steps_are_timed_with_the_real_network() -> None:
-    (run, _) = runs_of(parsed(), device="cpu")
     images = estimate.Images(16, 16, (1, 8, 8), tuple("0123456789"))
-    step, test = estimate.time_steps(run.options, images, schedule.place(1, "cpu"))
-    assert 0 < step < 10 and 0 < test < 10
+    for precision in ("no", "bf16"):  # in one process, which has one of Accelerate's states
+        (run, _) = runs_of(parsed(), device="cpu", mixed_precision=precision)
+        step, test = estimate.time_steps(run.options, images, schedule.place(1, "cpu"))
+        assert 0 < step < 10 and 0 < test < 10

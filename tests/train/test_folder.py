@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from mocapsnet.train.errors import InputError
 
 RNG = np.random.default_rng(0)
 CLASSES = ("ant", "bee", "cat")
+
+Command = Callable[..., tuple[int, str, str]]
 
 
 def pixels(*shape: int) -> np.ndarray:
@@ -216,7 +219,7 @@ def test_broken_images_are_refused_or_left_out(
         assert counts.tolist() == [11, 11, 12]
         warning = capsys.readouterr().err
         assert "2 of 36" in warning and str(cut) in warning and str(empty) in warning
-    assert decodings == [36]
+    assert decodings == [36, 2, 2, 2]  # of the cache only the broken ones are tried again
     for path in (tmp_path / "ant").iterdir():
         path.write_bytes(b"")
     with pytest.raises(InputError) as error:
@@ -224,6 +227,25 @@ def test_broken_images_are_refused_or_left_out(
     assert "13 of 36" in str(error.value) and "and 3 more" in str(error.value)
     with pytest.raises(InputError, match="class ant has 0 image"):
         folder.load(str(tmp_path), broken="skip")
+
+
+def test_an_image_that_can_be_read_again_is_no_longer_left_out(tmp_path: Path) -> None:
+    """Though its size and its time are as before."""
+    write_folder(tmp_path, 4)
+    image, link = tmp_path / "ant" / "0.png", tmp_path / "bee" / "link.png"
+    content, found = image.read_bytes(), image.stat()
+    image.write_bytes(content[:20] + bytes(len(content) - 20))
+    os.utime(image, ns=(found.st_atime_ns, found.st_mtime_ns))
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="2 of 13 images cannot be read") as error:
+        folder.load(str(tmp_path))
+    assert f"{link}: FileNotFoundError" in str(error.value)
+    read = [len(images) for images in folder.load(str(tmp_path), broken="skip")]
+    assert sum(read) == 11
+    image.write_bytes(content)
+    os.utime(image, ns=(found.st_atime_ns, found.st_mtime_ns))
+    read = [len(images) for images in folder.load(str(tmp_path), broken="skip")]
+    assert sum(read) == 12
 
 
 Spoil = Callable[[Path], object]
@@ -289,14 +311,44 @@ def test_folders_that_cannot_be_a_data_set(
     assert expected.format(root=root) in str(error.value)
 
 
+TINY = "--channels 16 --kernel-size 3 --capsules 4 --decoder 16 --batch-size 8 --epochs 1".split()
+CPU = ["--device", "cpu"]
+
+
+def test_a_run_knows_the_files_of_its_images(command: Command) -> None:
+    """A share of one folder that is held out is another where a file is more or less."""
+    write_folder(Path("photos"), 10, (8, 8))
+    folder_of = ["--dataset", "folder", "--data-dir"]
+    code, _, errors = command("train", *folder_of, "photos", *TINY, *CPU, "--out", "run")
+    assert code == 0, errors
+    shutil.copytree("photos", "moved")
+    assert command("evaluate", "run", *CPU, "--data-dir", "moved")[0] == 0
+    Path("moved/ant/0.png").unlink()
+    for words in ("evaluate", "visualize", "evaluate --shift 1 --rotate 5"):
+        name, *options = words.split()
+        code, _, errors = command(name, "run", *options, *CPU, "--data-dir", "moved")
+        assert code == 2 and "some of them it may have been trained on; restore" in errors
+    code, _, errors = command("train", "--resume", "run", "--epochs", "2", "--data-dir", "moved")
+    assert code == 2 and "the training images are other files than those run began" in errors
+    # Images to test with that lie apart are those that are meant, whatever they are.
+    Path("apart").mkdir()
+    Path("moved").rename("apart/train")
+    write_folder(Path("apart/test"), 2, (8, 8))
+    code, output, errors = command("evaluate", "run", *CPU, "--data-dir", "apart")
+    assert code == 0 and "of 6)" in output, errors
+    code, _, errors = command("train", *folder_of, "apart", *TINY, *CPU, "--out", "other")
+    assert code == 0, errors
+    Path("apart/test/ant/0.png").unlink()
+    assert command("evaluate", "other", *CPU)[0] == 0
+    code, _, errors = command("train", "--resume", "other", "--epochs", "2")
+    assert code == 2 and "the test images are other files than those other began" in errors
+
+
 def test_a_class_may_be_missing_from_the_test_folder(tmp_path: Path) -> None:
     with_folders(tmp_path)
     rename("test/bee", "elsewhere")(tmp_path)
     _, test = folder.load(str(tmp_path))
     assert test.classes == CLASSES and torch.bincount(test.labels).tolist() == [4, 0, 4]
-
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 def test_train_resume_evaluate_visualize(command: Command, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from mocapsnet import ConvMoCapsNet, ConvMoCapsNetConfig, MoCapsNet, build_model
 from mocapsnet.train.optimizers import FusedAdam, build_optimizer, current_lr, parameter_groups
 from mocapsnet.train.options import OptimOptions
 
-from .helpers import assert_equal_nested
+from .helpers import assert_equal_nested, rows
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, k: int) -> None:
@@ -189,3 +191,9 @@ def test_state_survives_bit_for_bit(name: str, stop: int) -> None:
         assert current_lr(optimizer) == current_lr(resumed_optimizer)
     assert_equal_nested(model.state_dict(), resumed.state_dict())
     assert_equal_nested(optimizer.state_dict(), resumed_optimizer.state_dict())
+
+
+def test_the_rate_of_ranger21_is_told_of_a_training(train: Callable[..., Path]) -> None:
+    run = train("run", "--optimizer", "ranger21", "--epochs", "3")
+    first, _, last = [row["lr"] for row in rows(run)]
+    assert 3e-5 < last < first == 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -88,6 +89,17 @@ def test_finished_and_gone_beyond(train: Train, command: Command) -> None:
     assert contents(run) == before
 
 
+def test_a_copy_of_a_finished_run_is_finished(train: Train, command: Command) -> None:
+    """Whatever times its files have got."""
+    run = train("run", "--epochs", "1")
+    for newest in (checkpoint(run) / "state.json", run / "result.json"):
+        shutil.copytree(run, "copy", copy_function=shutil.copyfile)
+        os.utime(Path("copy") / newest.relative_to(run), (2e9, 2e9))
+        code, output, _ = command("train", "--resume", "copy")
+        assert code == 0 and output.startswith("copy is finished, 1 of 1 epochs")
+        shutil.rmtree("copy")
+
+
 @pytest.mark.usefixtures("pictures")
 def test_a_run_killed_while_it_ended_ends_when_continued(
     train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
@@ -123,7 +135,7 @@ def test_a_run_killed_before_it_began(
     if before == "config.json":
         code, _, errors = command("train", "--resume", "run")
         assert code == 2 and "run has no config.json" in errors
-        Path("run/config.json.tmp").write_text("{")
+        Path("run/config.json.123.tmp").write_text("{")
         assert command(*arguments)[0] == 0
     else:
         code, _, errors = command("evaluate", "run")
@@ -211,6 +223,31 @@ def test_config_json_says_what_the_images_are(folder_of_a_run: Path) -> None:
     assert config["image_shape"] == [1, 8, 8]
     assert config["classes"] == list("0123456789")
     assert config["options"]["data"]["data_dir"] == str(Path("data").absolute())
+
+
+def test_two_processes_may_write_one_file() -> None:
+    code = (
+        "import pathlib, sys; from mocapsnet.train.files import write_whole;"
+        "print('ready', flush=True); sys.stdin.readline();"
+        "[write_whole(pathlib.Path('file'), sys.argv[1] * 5000) for _ in range(100)]"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, word], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for word in "ab"
+    ]
+    for one in both:
+        assert one.stdout is not None and one.stdout.readline() == b"ready\n"
+    for one in both:
+        assert one.stdin is not None
+        one.stdin.write(b"\n")
+        one.stdin.flush()
+    for one in both:
+        one.communicate()
+    assert [one.returncode for one in both] == [0, 0]
+    assert Path("file").read_text() in ("a" * 5000, "b" * 5000)
+    assert [path.name for path in Path().glob("file*")] == ["file"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes are POSIX's")

@@ -506,6 +506,13 @@ def test_two_processes_give_the_result_of_one(train: Train, command: Command) ->
     assert code == 0, errors
 
 
+def test_all_processes_are_told_what_cannot_be_read() -> None:
+    done = run_two("train", *TINY, "--dataset", "folder", "--data-dir", "nowhere", "--out", "run")
+    assert done.returncode == 2
+    assert "--data-dir nowhere is not a folder" in done.stderr
+    assert "Traceback" not in done.stderr and not Path("run").exists()
+
+
 def test_two_processes_resume_bit_for_bit() -> None:
     shared = [*TINY, "--limit", "33", "--gradient-accumulation", "2"]
     for arguments in (

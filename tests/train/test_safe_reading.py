@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mocapsnet.train import run_folder
+from mocapsnet.train.errors import InputError
 from mocapsnet.train.option_values import resolve, to_json
 from mocapsnet.train.options import ModelOptions, TrainOptions
 
@@ -90,6 +91,21 @@ def test_a_run_from_before_an_option_keeps_what_it_had(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"format": 6, "options": options}))
         optim = run_folder.read_config(tmp_path).optim
         assert (optim.class_lr_factor, optim.down_weight) == (rate, weight)
+
+
+def test_a_run_may_have_options_that_did_nothing(tmp_path: Path) -> None:
+    """They are refused now, but not of a run that was begun with them."""
+    options = to_json(resolve(TrainOptions()))
+    options["data"] |= {"crop": "resized", "pad": 2}
+    options["model"] |= {"sda_mean": "batch", "memory": "stored", "anchor_every": 3}
+    (tmp_path / "config.json").write_text(json.dumps({"format": 7, "options": options}))
+    found = run_folder.read_config(tmp_path)
+    assert (found.data.crop, found.data.pad) == ("resized", 0)
+    assert found.model.memory == "stored" and found.model.anchor_every is None
+    assert found.model.sda_mean == "input"
+    (tmp_path / "config.json").write_text(json.dumps({"format": 8, "options": options}))
+    with pytest.raises(InputError, match="--pad 2 is for --crop padded"):
+        run_folder.read_config(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["config.json", "state.json"])

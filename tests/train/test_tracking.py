@@ -17,7 +17,7 @@ from mocapsnet.train import tracking
 from mocapsnet.train.data import ImageSet
 from mocapsnet.train.errors import InputError
 
-from .helpers import TINY, rows
+from .helpers import TINY, assert_same_run, rows
 
 Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
@@ -73,6 +73,7 @@ class Notes(GeneralTracker):
     requires_logging_directory = False
     made: list[Notes] = []
     broken = False
+    silent_from: int | None = None
 
     def __init__(self, run_name: str) -> None:
         super().__init__()
@@ -93,6 +94,8 @@ class Notes(GeneralTracker):
         self.options = values
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        if self.silent_from is not None and (step or 0) >= self.silent_from:
+            raise RuntimeError("server\nunreachable")
         self.rows.append((step, values))
 
     def finish(self) -> None:
@@ -136,6 +139,19 @@ def test_a_tracker_that_does_not_start(
     assert code == 2 and errors.count("\n") == 1
     assert "--track notes does not start: RuntimeError: no account log in first" in errors
     train("run", "--epochs", "1")  # it left nothing behind that would be in the way
+
+
+def test_a_tracker_that_fails_later_costs_no_epoch(
+    notes: list[Notes], train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train("whole", "--epochs", "3")
+    monkeypatch.setattr(Notes, "silent_from", 2)
+    code, _, errors = command("train", *TINY, "--track", "notes", "--epochs", "3", "--out", "run")
+    assert code == 0
+    said = "mocapsnet: warning: a tracker did not take epoch {}: RuntimeError: server unreachable\n"
+    assert errors == said.format(2) + said.format(3)
+    assert [step for step, _ in notes[0].rows] == [1]
+    assert_same_run(Path("run"), whole)
 
 
 def test_unknown_trackers_and_missing_packages(

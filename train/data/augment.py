@@ -7,7 +7,6 @@ and after a resume.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -71,13 +70,15 @@ def epoch_views(count: int, options: DataOptions, seed: int, epoch: int) -> View
 
 def crop_boxes(count: int, least: float, generator: torch.Generator) -> Tensor:
     """Boxes [count, 4], see `Views`: of a share of the area between `least` and 1, width to height
-    between 3/4 and 4/3 of the image's on a logarithmic scale, anywhere within the image.
+    between 3/4 and 4/3 of the image's on a logarithmic scale, or as far as a box of this area fits
+    in, anywhere within the image.
 
     Source: Szegedy et al. 2015; torchvision's RandomResizedCrop, which has one box for a batch.
     """
     area, ratio, x, y = torch.rand(4, count, generator=generator)
     area = least + (1 - least) * area
-    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio)
+    widest = area.reciprocal().clamp(max=4 / 3).log()
+    ratio = torch.exp(widest * (2 * ratio - 1))
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     return torch.stack(
         [width / 2 + (1 - width) * x, height / 2 + (1 - height) * y, width, height], 1

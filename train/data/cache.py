@@ -19,8 +19,12 @@ def fingerprint(root: Path, paths: list[str], how: str) -> str:
     digest = hashlib.sha256(how.encode())
     prefix = len(str(root))
     for path in paths:
-        found = os.stat(path)
-        digest.update(f"{path[prefix:]}\0{found.st_size} {found.st_mtime_ns}\n".encode())
+        try:
+            found = os.stat(path)
+            state = f"{found.st_size} {found.st_mtime_ns}"
+        except OSError:  # as of a link to nowhere, which decoding will name
+            state = "none"
+        digest.update(os.fsencode(f"{path[prefix:]}\0{state}\n"))
     return digest.hexdigest()
 
 

@@ -5,7 +5,10 @@ Images are decoded once, to bytes of one size, and kept in a file (see cache.py)
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,11 +80,24 @@ def load(
             raise InputError(f"{sources[0]}: no image of class {name} can be read")
     row = np.full(len(samples), -1)  # of each image in `images`
     row[kept.numpy()] = np.arange(len(kept))
+    drawn = len(splits) == 1
     train, test = (
-        image_set(images.numpy()[row[part]], labels[part], classes, (source, source))
+        dataclasses.replace(
+            image_set(images.numpy()[row[part]], labels[part], classes, (source, source)),
+            files=_digest(
+                root, [samples[i][0] for i in (kept.tolist() if drawn else sorted(part))]
+            ),
+            drawn=drawn,
+        )
         for part, source in zip(parts, sources, strict=True)
     )
     return train, test
+
+
+def _digest(root: Path, paths: list[str]) -> str:
+    """Of the names of image files, wherever their folder is."""
+    names = [Path(path).relative_to(root).as_posix() for path in paths]
+    return hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()
 
 
 def _list(root: Path) -> tuple[list[str], dict[str, Samples]]:
@@ -130,7 +146,7 @@ def _decoded(
     """Images [M, C, H, W], which of `paths` they are [M], and name and fault of all others."""
     key = cache.fingerprint(root, paths, f"{FORMAT} {image_size}")
     found = cache.read(root, key)
-    if found is None:
+    if found is None or _mended(root, found[1], image_size):
         images, kept, faults = decode(paths, image_size, quiet)
         names = [(str(Path(path).relative_to(root)), fault) for path, fault in faults]
         tensors = {"images": images, "kept": kept}
@@ -140,7 +156,19 @@ def _decoded(
             print(f"{len(kept):,} images below {root} decoded, {where}", flush=True)
         return images, kept, names
     tensors, notes = found
-    return tensors["images"], tensors["kept"], [tuple(pair) for pair in json.loads(notes["faults"])]
+    return tensors["images"], tensors["kept"], _faults(notes)
+
+
+def _faults(notes: dict[str, str]) -> list[tuple[str, str]]:
+    """Name and fault of each image that a cache lacks."""
+    return [tuple(pair) for pair in json.loads(notes["faults"])]
+
+
+def _mended(root: Path, notes: dict[str, str], image_size: int | None) -> bool:
+    """Whether an image that a cache lacks can be read now, though its size and time are the same:
+    permissions, links and decoders change neither."""
+    broken = [str(root / name) for name, _ in _faults(notes)]
+    return bool(broken) and len(decode(broken, image_size, True)[1]) > 0
 
 
 def _judge(root: Path, faults: list[tuple[str, str]], count: int, broken: str, quiet: bool) -> None:

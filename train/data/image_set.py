@@ -20,11 +20,16 @@ class ImageSet:
 
     Attributes:
         classes: the names of the classes, the k-th that of label k; empty if they have none.
+        files: a digest of the names of the image files that they were read from, or drawn from;
+            empty for data sets with a name.
+        drawn: whether they are a share of these files, and others the rest.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...] = ()
+    files: str = ""
+    drawn: bool = False
 
     def __len__(self) -> int:
         return self.labels.shape[0]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from accelerate.state import AcceleratorState
 
 from mocapsnet.train import data, graph
 from mocapsnet.train.evaluation import evaluate
@@ -177,6 +178,8 @@ def time_steps(options: TrainOptions, images: Images, where: Place) -> tuple[flo
 
 def _time_steps(options: TrainOptions, images: Images) -> tuple[float, float]:
     batch = options.optim.batch_size
+    # Accelerate has one device and one precision in a process; another run may have another.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(options.machine, options.optim.gradient_accumulation)
     noise = np.random.default_rng(0)
 

@@ -21,7 +21,7 @@ from mocapsnet.train.errors import Interrupted
 from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.states import Failures, State, last_words, state_of
 from mocapsnet.train.metrics import judged_by, read_rows
-from mocapsnet.train.option_values import arguments
+from mocapsnet.train.option_values import RESUMABLE, arguments
 from mocapsnet.train.run_folder import CONFIG, LOG
 from mocapsnet.train.stopping import Stopper
 
@@ -180,7 +180,7 @@ def _start(run: Run, state: State, folder: Path, slot: int, where: Place) -> Chi
 
 
 # What a run may be given anew when it goes on.
-_ANEW = ("data_dir", "download", "device", "gradient_accumulation", "bundles")
+_ANEW = tuple(sorted(name.split(".")[-1] for name in RESUMABLE - {"optim.epochs", "resume"}))
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1

@@ -123,7 +123,7 @@ def read(command: ExploreOptions) -> tuple[Explorer, str, list[Example]]:
     import mocapsnet
     from mocapsnet.train import data
     from mocapsnet.train.explore.explorer import Explorer
-    from mocapsnet.train.run_folder import check_images, read_config
+    from mocapsnet.train.run_folder import check_test_images, read_config
 
     try:
         network = mocapsnet.load(command.run)
@@ -149,7 +149,7 @@ def read(command: ExploreOptions) -> tuple[Explorer, str, list[Example]]:
         source = dataclasses.replace(source, data_dir=command.data_dir)
     try:
         _, test_set = data.load(dataclasses.replace(source, download=False), quiet=True)
-        check_images(run, test_set)
+        check_test_images(run, test_set)
     except InputError as error:
         print(f"mocapsnet: no test images to pick from: {error}", file=sys.stderr)
         return Explorer(network), title, []
