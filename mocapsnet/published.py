@@ -170,7 +170,7 @@ def load_published(
 
 def _state(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, Mapping):
-        return checkpoint
+        return {name: tensor.clone() for name, tensor in checkpoint.items()}
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file, or one that holds more than tensors

@@ -21,7 +21,7 @@ from .replay import (
     random_numbers,
     random_state,
 )
-from .residual_checks import branch, known, patched, refuse_changes, versions
+from .residual_checks import branch, known, owns_tensors, patched, refuse_changes, versions
 
 if TYPE_CHECKING:
     from .reversible import MomentumStack
@@ -91,7 +91,7 @@ class _Reversible(torch.autograd.Function):
         with autocast(precision):
             for n, layer in enumerate(layers):
                 u = x
-                if trusted and known(layer):
+                if trusted and known(layer) and owns_tensors(layer):
                     x, v = step(plan, n, x, v, branch(n, layer, x, args, kwargs))
                 else:
                     before = random_state(x.device)

@@ -79,6 +79,13 @@ def known(layer: nn.Module) -> bool:
     )
 
 
+def owns_tensors(layer: nn.Module) -> bool:
+    """Whether a capsule layer's weight and bias are its parameters, and not other tensors in their
+    place, as in a replica of DataParallel, which `layer.parameters()` would not find."""
+    own = vars(layer)
+    return "weight" not in own and own.get("bias") is None
+
+
 def patched() -> bool:
     """Whether a call of a capsule layer may do something else: a global hook, a patched class.
 

@@ -163,6 +163,10 @@ class MomentumStack(CapsuleStack):
         self.block_layers = block_layers
         self.probed: dict[nn.Module, Any] = {}  # layers that bear a second call, as they were then
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, or a pickle: layers that are others, and not yet probed."""
+        return self.__dict__ | {"probed": {}}
+
     def forward(self, x: Tensor, v: Tensor | None = None, /, *args: Any, **kwargs: Any) -> Tensor:
         """Maps x to x; `v` is the initial velocity, zero if None.
 

@@ -62,9 +62,10 @@ def blocks(windows: Windows, B: int, J: int, D: int, itemsize: int) -> Iterator[
 
 def kept_shape(u: Tensor, W: Tensor, steps: tuple[int, ...], keep: bool) -> tuple[int, ...]:
     """Shape of the couplings [kh kw N, J, H', W', B] that forward keeps; (0,) if it keeps none."""
-    shape = W.shape[:3].numel(), W.shape[4], *Windows.of(u, W, steps).output, len(u)
-    size = math.prod(shape) * accumulation_dtype(u, W).itemsize
-    return shape if keep and size <= KEPT_BYTES else (0,)
+    shape = W.shape[:3].numel(), W.shape[4], *Windows.of(u, W, steps).output, u.shape[0]
+    if not keep:
+        return (0,)
+    return shape if math.prod(shape) * accumulation_dtype(u, W).itemsize <= KEPT_BYTES else (0,)
 
 
 def cut(size: int, most: int) -> list[slice]:
@@ -149,7 +150,7 @@ def backward(
     problem = Problem(u, W, steps, method)
     windows, shape = problem.windows, W.shape[4:]
     dv = grad_v.permute(3, 4, 1, 2, 0).to(problem.u.dtype).contiguous()  # [J, D, H', W', B]
-    du, dW = torch.zeros_like(problem.u), torch.zeros_like(problem.W).flatten(2)
+    du, dW = torch.zeros_like(problem.u), problem.W.new_zeros(problem.W.shape).flatten(2)
     dbias = dW.new_zeros(shape if with_bias else 0)
     for block in problem.blocks():
         votes = problem.votes(block)

@@ -69,9 +69,9 @@ def conv_routing(
     stride, padding = _check(u, W, stride, padding, iterations, method, routing_grad, bias)
     chosen = implementation(u, backend, eager="chunked", family="conv_routing")
     if chosen == "reference":
-        dtype = torch.promote_types(u.dtype, W.dtype)
+        dtype = accumulation_dtype(u, W)
         with full_precision(u):
-            return reference.conv_routing(
+            v = reference.conv_routing(
                 u.to(dtype),
                 W.to(dtype),
                 stride=stride,
@@ -81,8 +81,10 @@ def conv_routing(
                 routing_grad=routing_grad,
                 bias=None if bias is None else bias.to(dtype),
             )
+        return v.to(torch.promote_types(u.dtype, W.dtype))
     needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
     keep = needs_grad and iterations > 1 and (method, routing_grad) == ("rba", "final")
+    keep = keep and not torch.compiler.is_exporting()  # its size would bound the batch
     # vmap takes kept couplings apart by samples, which those of tensor cores do not lie by
     keep = keep and not (chosen == "triton" and transformed())
     options = *stride, *padding, iterations, method, routing_grad, keep, chosen

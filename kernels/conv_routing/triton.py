@@ -25,7 +25,7 @@ def kept_shape(u: Tensor, W: Tensor, steps: tuple[int, ...], keep: bool) -> tupl
 
     They are [kh kw N, J, B, H', W'], or where tensor cores take them, in tiles of 16 windows.
     """
-    shape = W.shape[:3].numel(), W.shape[4], len(u), *Windows.of(u, W, steps).output
+    shape = W.shape[:3].numel(), W.shape[4], u.shape[0], *Windows.of(u, W, steps).output
     itemsize = accumulation_dtype(u, W).itemsize
     if not keep or math.prod(shape) * itemsize > chunked.KEPT_BYTES:
         return (0,)
@@ -98,7 +98,7 @@ def backward(
     W, s, kept = W.contiguous(), s.contiguous(), kept.contiguous()  # parts under vmap
     dW = torch.empty_like(W)
     if len(u) == 0:
-        return torch.empty_like(u), dW.zero_(), s.new_zeros(W.shape[4:] if with_bias else 0)
+        return u.new_empty(u.shape), dW.zero_(), s.new_zeros(W.shape[4:] if with_bias else 0)
     windows = Windows.of(u, W, steps)
     addresses = windows.addresses(*u.shape[3:])
     modes = method == "sda", routing_grad == "full"

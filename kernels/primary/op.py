@@ -41,11 +41,18 @@ def primary_capsules(features: Tensor, dim: int, *, backend: str | None = None) 
     return primary_forward(features, dim)
 
 
+def dense(features: Tensor) -> Tensor:
+    """The feature maps themselves if contiguous or channels-last, else a contiguous copy."""
+    if features.is_contiguous(memory_format=torch.channels_last):
+        return features
+    return features.contiguous()
+
+
 def _forward(features: Tensor, dim: int) -> Tensor:
     from . import triton
 
     with device_of(features):
-        return triton.forward(features, dim)
+        return triton.forward(dense(features), dim)
 
 
 def _forward_fake(features: Tensor, dim: int) -> Tensor:
@@ -53,15 +60,15 @@ def _forward_fake(features: Tensor, dim: int) -> Tensor:
     return features.new_empty(B, C // dim * H * Wd, dim)
 
 
-def _backward(features: Tensor, dv: Tensor, dim: int) -> Tensor:
+def _backward(dv: Tensor, features: Tensor, dim: int) -> Tensor:
     from . import triton
 
     with device_of(features):
-        return triton.backward(features, dv, dim)
+        return triton.backward(dense(features), dv, dim)
 
 
-def _backward_fake(features: Tensor, dv: Tensor, dim: int) -> Tensor:
-    return torch.empty_like(features)
+def _backward_fake(dv: Tensor, features: Tensor, dim: int) -> Tensor:
+    return torch.empty_like(dense(features))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -70,7 +77,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dv: Tensor) -> tuple[Tensor, None]:
-    return primary_backward(*ctx.saved_tensors, dv, ctx.dim), None
+    return primary_backward(dv, *ctx.saved_tensors, ctx.dim), None
 
 
 primary_forward = Operation("primary_capsules", _forward, _forward_fake, batched=1)

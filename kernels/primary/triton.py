@@ -78,8 +78,8 @@ def backward_kernel(
 
 
 def forward(features: Tensor, dim: int) -> Tensor:
-    """Capsules [B, (C // dim) * H * Wd, dim] of feature maps [B, C, H, Wd]."""
-    features = dense(features)
+    """Capsules [B, (C // dim) * H * Wd, dim] of feature maps [B, C, H, Wd], which are contiguous
+    or channels-last."""
     B, C, H, Wd = features.shape
     v = features.new_empty(B, C // dim * H * Wd, dim)
     run(forward_kernel, features, dim, features, v)
@@ -88,17 +88,9 @@ def forward(features: Tensor, dim: int) -> Tensor:
 
 def backward(features: Tensor, dv: Tensor, dim: int) -> Tensor:
     """dfeatures [B, C, H, Wd], in the memory format of the features, from dv."""
-    features = dense(features)
     dfeatures = torch.empty_like(features)
     run(backward_kernel, features, dim, features, dv.contiguous(), dfeatures)
     return dfeatures
-
-
-def dense(features: Tensor) -> Tensor:
-    """The feature maps themselves if contiguous or channels-last, else a contiguous copy."""
-    if features.is_contiguous(memory_format=torch.channels_last):
-        return features
-    return features.contiguous()
 
 
 def run(kernel: triton.JITFunction, features: Tensor, dim: int, *tensors: Tensor) -> None:

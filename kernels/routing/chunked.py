@@ -50,8 +50,9 @@ def chunking(B: int, W: Tensor, itemsize: int) -> tuple[int, int]:
 def kept_shape(u: Tensor, W: Tensor, keep: bool) -> tuple[int, ...]:
     """Shape of the couplings [N, J, B] that forward keeps; (0,) if it keeps none."""
     N, J, B = u.shape[1], W.shape[2], u.shape[0]
-    size = N * J * B * accumulation_dtype(u, W).itemsize
-    return (N, J, B) if keep and size <= KEPT_BYTES else (0,)
+    if not keep:
+        return (0,)
+    return (N, J, B) if N * J * B * accumulation_dtype(u, W).itemsize <= KEPT_BYTES else (0,)
 
 
 def forward(
@@ -231,7 +232,8 @@ class Gradients:
     def __init__(self, votes: Votes, W: Tensor | None = None):
         self.votes = votes
         self.u = torch.empty_like(votes.u)
-        self.W = torch.empty_like(votes.W) if W is None else W
+        self.W = votes.W.new_empty(votes.W.shape) if W is None else W  # contiguous, as votes.W
+        # need not be
         self.beta = 0  # of what stands there, in the first pass nothing
         self.beta_W = 0 if W is None else 1
 

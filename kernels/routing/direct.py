@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..launch import accumulation_dtype
-from ..squash.reference import squash
 from .workspace import workspace
 
 SAMPLES = 8
@@ -119,6 +118,13 @@ def backward(
     du = torch.bmm(g, w.mT).transpose(0, 1).to(u.dtype).contiguous()
     dW = torch.bmm(x.mT, g).view(W.shape).to(W.dtype)
     return du, dW, ds.sum(0) if with_bias else ds.new_empty(0)
+
+
+def squash(s: Tensor) -> Tensor:
+    """Equation 2, vectors along the last dimension; half as many calls as the reference, which has
+    a second derivative at s = 0."""
+    n = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    return s * (n / (1 + n * n))
 
 
 def squash_gradient(s: Tensor, dv: Tensor) -> Tensor:

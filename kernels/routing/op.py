@@ -81,6 +81,7 @@ def routing(
     needs_grad = torch.is_grad_enabled() and (u.requires_grad or W.requires_grad)
     keep = needs_grad and iterations > 1
     keep = keep and (method, routing_grad) == ("rba", "final")
+    keep = keep and not torch.compiler.is_exporting()  # its size would bound the batch
     # vmap takes kept couplings apart by samples, which those of tensor cores do not lie by
     keep = keep and not (chosen == "triton" and transformed())
     return routing_forward(u, W, bias, iterations, method, routing_grad, keep, chosen)[0]
@@ -101,17 +102,22 @@ def _implementation(
     checks.capsules_and_weight(u, W)
     checks.routing_options(iterations, method, routing_grad, sda_mean, sda_scale)
     checks.bias(bias, W.shape[2:], u.device)
-    if method == "sda":
-        asked = {"sda_mean": (sda_mean, "batch"), "sda_scale": (sda_scale, "published")}
-        for name, (value, eager) in asked.items():
-            if value != eager:
-                continue
+    if _eager_only(method, sda_mean, sda_scale, backend):
+        return "reference"
+    return implementation(u, backend, eager="chunked", family="routing")
+
+
+def _eager_only(method: str, sda_mean: str, sda_scale: str, backend: str | None) -> bool:
+    """Whether the reference alone has these options. Raises: ValueError if another is asked for."""
+    asked = {"sda_mean": (sda_mean, "batch"), "sda_scale": (sda_scale, "published")}
+    for name, (value, eager) in asked.items():
+        if method == "sda" and value == eager:
             if backend not in (None, "reference"):
                 raise ValueError(
                     f'{name}="{value}" needs backend="reference" or None; got "{backend}"'
                 )
-            return "reference"
-    return implementation(u, backend, eager="chunked", family="routing")
+            return True
+    return False
 
 
 class Explanation(NamedTuple):
@@ -162,6 +168,7 @@ def explain(
         backend = _implementation(u, W, *modes, backend)
     else:
         _implementation(u, W, *modes, "reference")
+        _eager_only(method, sda_mean, sda_scale, backend)
         if not triton_installed():
             raise ValueError('backend="triton" needs the package triton: pip install triton')
     if backend == "reference":
@@ -215,9 +222,9 @@ def _reference(
     sda_mean: str,
     sda_scale: str,
 ) -> Tensor:
-    dtype = torch.promote_types(u.dtype, W.dtype)
+    dtype = accumulation_dtype(u, W)
     with full_precision(u):
-        return reference.routing(
+        v = reference.routing(
             u.to(dtype),
             W.to(dtype),
             iterations=iterations,
@@ -227,6 +234,7 @@ def _reference(
             sda_mean=sda_mean,
             sda_scale=sda_scale,
         )
+    return v.to(torch.promote_types(u.dtype, W.dtype))
 
 
 def _forward(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..squash.reference import squash
+from ..squash.reference import length, squash
 from ..votes.reference import votes
 
 
@@ -62,11 +62,9 @@ def rounds(
 
 def shorten(u_hat: Tensor, u: Tensor) -> Tensor:
     """No vote of scaled-distance agreement is longer than the capsule that casts it."""
-    vote_length = torch.linalg.vector_norm(u_hat, dim=-1)  # [B, N, J]
-    length = torch.linalg.vector_norm(u, dim=-1).unsqueeze(-1)  # [B, N, 1]
-    too_long = vote_length > length
-    scale = torch.where(too_long, length / vote_length.where(too_long, 1), 1)
-    return u_hat * scale.unsqueeze(-1)
+    vote_length, longest = length(u_hat), length(u).unsqueeze(-1)  # [B, N, J, 1], [B, N, 1, 1]
+    too_long = vote_length > longest
+    return u_hat * torch.where(too_long, longest / vote_length.where(too_long, 1), 1)
 
 
 def distance_logits(u_hat: Tensor, v: Tensor, sda_mean: str, sda_scale: str) -> Tensor:
@@ -76,7 +74,7 @@ def distance_logits(u_hat: Tensor, v: Tensor, sda_mean: str, sda_scale: str) -> 
     favours distant votes, where the mean distance is above -2 log 0.1 / log(0.9 (J - 1)). All
     distances zero is a tie: equal logits.
     """
-    d = torch.linalg.vector_norm(v.unsqueeze(1) - u_hat, dim=-1)  # [B, N, J]
+    d = length(v.unsqueeze(1) - u_hat).squeeze(-1)  # [B, N, J]
     m = d.mean(-1, keepdim=True) if sda_mean == "input" else d.mean()
     tie = m == 0
     J, m = d.shape[-1], m.where(~tie, 1)

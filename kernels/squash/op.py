@@ -30,7 +30,7 @@ def squash(s: Tensor, *, backend: str | None = None) -> Tensor:
         raise ValueError(f"s must be a floating-point tensor [..., D]; got {got}")
     if implementation(s, backend, eager="reference", family="squash") == "reference":
         return reference.squash(s)
-    return squash_forward(s)
+    return squash_forward(s.unsqueeze(0)).squeeze(0) if s.dim() == 1 else squash_forward(s)
 
 
 def _forward(s: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def _forward(s: Tensor) -> Tensor:
         return triton.forward(s)
 
 
-def _backward(s: Tensor, dv: Tensor) -> Tensor:
+def _backward(dv: Tensor, s: Tensor) -> Tensor:
     from . import triton
 
     with device_of(s):
@@ -52,10 +52,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dv: Tensor) -> Tensor:
-    return squash_backward(*ctx.saved_tensors, dv)
+    return squash_backward(dv, *ctx.saved_tensors)
 
 
 squash_forward = Operation("squash", _forward, fake=lambda s: s.new_empty(s.shape), batched=1)
-squash_backward = Operation("squash_backward", _backward, fake=lambda s, dv: s.new_empty(s.shape))
+squash_backward = Operation("squash_backward", _backward, fake=lambda dv, s: s.new_empty(s.shape))
 squash_forward.differentiate(_gradients, _setup_context)
 squash_backward.refuse_derivative()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..launch import device_of, implementation
+from ..launch import device_of, full_precision, implementation
 from ..library import Operation
 from . import reference
 
@@ -31,7 +31,8 @@ def votes(u: Tensor, W: Tensor, *, backend: str | None = None) -> Tensor:
     checks.capsules_and_weight(u, W)
     dtype = torch.promote_types(u.dtype, W.dtype)
     if implementation(u, backend, eager="reference", family="votes") == "reference":
-        return reference.votes(u.to(dtype), W.to(dtype))
+        with full_precision(u):
+            return reference.votes(u.to(dtype), W.to(dtype))
     return votes_forward(u, W)
 
 

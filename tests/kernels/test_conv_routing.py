@@ -183,6 +183,21 @@ def test_strided_inputs_are_taken_and_left_alone():
 
 
 @pytest.mark.parametrize("method, grad", list(itertools.product(METHODS, GRADS)))
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_weights_in_another_layout(method, grad, iterations):
+    u, W, bias = problem((2, 4, 5), (3, 2), (2, 3, 4, 2))
+    options = dict(padding=1, method=method, routing_grad=grad, iterations=iterations)
+    strided = W.movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
+    assert not strided.is_contiguous()
+    expected = conv_routing(u, W.requires_grad_(), bias=bias, backend="reference", **options)
+    expected.square().sum().backward()
+    v = conv_routing(u, strided, bias=bias, **options)
+    v.square().sum().backward()
+    torch.testing.assert_close(v, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(strided.grad, W.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method, grad", list(itertools.product(METHODS, GRADS)))
 def test_same_inputs_same_bits(method, grad):
     arguments = problem((3, 6, 5), (3, 3), (4, 8, 6, 8), torch.float32)
     options = dict(padding=1, method=method, routing_grad=grad)
@@ -203,6 +218,7 @@ def test_mixed_dtypes_and_autocast():
 
 def test_opcheck():
     u, W, bias = problem((2, 4, 3), (3, 2), (2, 3, 4, 2), torch.float32)
+    W = W.movedim(-1, 0).contiguous().movedim(0, -1)
     leaves = [x.requires_grad_() for x in (u, W, bias)]
     options = (2, 1, 1, 0)
     for grad, keep in (("full", False), ("final", True)):

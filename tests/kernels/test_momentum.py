@@ -113,6 +113,21 @@ def test_narrow_weights(weights_dtype, backend, device):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("grad, iterations", [("final", 1), ("full", 3)])
+def test_weights_in_another_layout(grad, iterations, backend, device):
+    x, v, g, weights, _ = tensors(device, 2)
+    options = dict(gamma=0.9, anchor_every=5, block_layers=0, backend=backend)
+    options |= dict(routing_grad=grad, iterations=iterations)
+    strided = [W.movedim(-1, 0).contiguous().movedim(0, -1) for W in weights]
+    found = []
+    for layout in (weights, strided):
+        leaves = [W.detach().requires_grad_() for W in layout]  # not cloned: as they lie
+        out = momentum_routing(x, v, leaves, **options)
+        found.append([out, *torch.autograd.grad(out, leaves, g)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("offset, alignment", [(0, 16), (1, 4), (2, 8)])  # in numbers of 4 bytes
 def test_weights_that_are_views_into_a_flat_buffer(offset, alignment, backend, device):
     """Kernels that take W from a table of addresses are told how those are aligned."""

@@ -35,6 +35,10 @@ def test_primary_capsules_match_the_formula():
 def test_votes_match_the_formula():
     u, W = randn(2, 3, 4), randn(3, 4, 5, 2)
     torch.testing.assert_close(votes(u, W), loops.votes(u, W), rtol=RTOL, atol=1e-15)
+    u, W = u.float(), W.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = votes(u, W)
+    assert torch.equal(under, votes(u, W))
 
 
 @pytest.mark.parametrize("method", ["rba", "sda"])
@@ -94,6 +98,42 @@ def test_squash_at_extreme_lengths(dtype, scale):
     assert s.grad.isfinite().all()
     if scale == 0:
         assert (s.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_that_of_inputs_and_outputs_alone(dtype):
+    """In float16 1 + n^2 would overflow from a length of 256 on, and the longest become nothing."""
+    for size in (90.0, 200.0):
+        s = torch.full((2, 8), size, dtype=dtype)
+        features = s[:, :, None, None]
+        for v in (squash(s), primary_capsules(features, 8)[:, 0]):
+            assert v.dtype == dtype
+            torch.testing.assert_close(v, squash(s.double()).to(dtype), rtol=0, atol=0)
+    u, W = torch.ones(1, 1152, 8, dtype=dtype), torch.full((1152, 8, 4, 2), 0.1, dtype=dtype)
+    for options in ({}, {"method": "sda"}, {"method": "sda", "sda_mean": "batch"}):
+        v = routing(u, W, backend="reference", **options)
+        assert v.dtype == dtype
+        want = routing(u.double(), W.double(), backend="reference", **options).to(dtype)
+        torch.testing.assert_close(v, want, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("method", ["rba", "sda"])
+def test_second_derivatives_at_zero_capsules(method):
+    """Where no length has one, they are 0."""
+    s = torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda s: squash(s).sum(), s)
+    assert (hessian[0] == 0).all() and hessian.isfinite().all() and hessian.any()
+    torch.manual_seed(0)
+    u, W = torch.randn(2, 3, 2, dtype=torch.float64), torch.randn(3, 2, 2, 2, dtype=torch.float64)
+    u[0, 1] = 0
+
+    def value(u):
+        options = dict(method=method, routing_grad="full", backend="reference")
+        return routing(u, W, **options).sin().sum()
+
+    hessian = torch.autograd.functional.hessian(value, u)
+    assert hessian.isfinite().all()
+    torch.testing.assert_close(hessian, torch.func.hessian(value)(u), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("sda_mean", ["input", "batch"])

@@ -208,6 +208,28 @@ def test_strided_inputs_and_expanded_gradients():
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
+def strided(x):
+    """The same numbers, the last dimension first in memory, as channels-last has W."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_weights_in_another_layout(method, grad, iterations, small_chunks, monkeypatch):
+    u, W, bias, g = problem(B=4, N=6, K=3, J=5, D=2)
+    options = dict(method=method, routing_grad=grad, iterations=iterations)
+    monkeypatch.setattr(direct, "faster", lambda *_: False)
+    for layout in (strided(W), W.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert not layout.is_contiguous()
+        leaves = [x.requires_grad_() for x in (u.clone(), layout.detach(), bias.clone())]
+        v = routing(leaves[0], leaves[1], bias=leaves[2], **options)
+        found = v.detach(), *torch.autograd.grad(v, leaves, g)
+        expected = run(u, W, bias, g, **options, backend="reference")
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
 def test_inputs_and_gradient_are_left_alone():
     arguments = problem(B=4, N=6, K=3, J=5, D=2)
     before = [x.clone() for x in arguments]
@@ -257,8 +279,11 @@ def test_mixed_dtypes_and_autocast():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("grad", GRADS)
-def test_opcheck(method, grad):
+@pytest.mark.parametrize("layout", [lambda W: W, strided])
+def test_opcheck(method, grad, layout, monkeypatch):
     u, W, bias, g = problem(B=2, N=6, K=3, J=5, D=2, dtype=torch.float32)
+    W = layout(W)
+    monkeypatch.setattr(direct, "faster", lambda *_: False)
     leaves = [x.requires_grad_() for x in (u, W, bias)]
     keep = method == "rba" and grad == "final"
     torch.library.opcheck(routing_forward.registered, (*leaves, 3, method, grad, keep, "chunked"))

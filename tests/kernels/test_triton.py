@@ -182,7 +182,7 @@ def test_primary_capsules(shape, dim, memory_format, dtype, device):
         lambda f, backend: primary_capsules(f, dim, backend=backend), [features], g
     )
     if B:
-        assert primary_backward(features, g, dim).stride() == features.stride()
+        assert primary_backward(g, features, dim).stride() == features.stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -378,9 +378,9 @@ def test_opcheck(device):
     torch.library.opcheck(squash_forward.registered, (s,))
     torch.library.opcheck(squash_backward.registered, (s.detach(), s.detach()))
     torch.library.opcheck(primary_forward.registered, (features, 2))
-    torch.library.opcheck(
-        primary_backward.registered, (features.detach(), features.detach().view(1, 8, 2), 2)
-    )
+    for layout in (features, features.transpose(2, 3)):  # neither contiguous nor channels-last
+        given = features.detach().view(1, 8, 2), layout.detach(), 2
+        torch.library.opcheck(primary_backward.registered, given)
     torch.library.opcheck(votes_forward.registered, (u, W))
     u_hat = votes(u, W).detach()
     torch.library.opcheck(votes_backward.registered, (u_hat, u.detach(), W.detach()))
@@ -509,6 +509,9 @@ def test_explain_names_what_runs(form, device, monkeypatch):
     assert rba.backend == "chunked"  # it has no such scale
     with pytest.raises(ValueError, match="method must be"):
         explain(u, W, method="em", backend="triton")
+    for option in (dict(sda_mean="batch"), dict(sda_scale="published")):
+        with pytest.raises(ValueError, match='needs backend="reference" or None; got "triton"'):
+            explain(u, W, method="sda", backend="triton", **option)
     monkeypatch.setattr(routing_op, "triton_installed", lambda: False)
     with pytest.raises(ValueError, match="pip install triton"):
         explain(u, W, backend="triton")

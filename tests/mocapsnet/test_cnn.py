@@ -114,6 +114,17 @@ def test_resnet18_is_torchvisions():
         ResNet18((3, 8, 8), 0)
 
 
+def test_prediction_leaves_the_mode_of_every_module():
+    """As of normalisation that is kept from learning while the rest is trained."""
+    model = ResNet18((1, 8, 8), 3).train()
+    frozen = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m in frozen:
+        m.eval()
+    modes = [m.training for m in model.modules()]
+    model.predict(torch.rand(2, 1, 8, 8))
+    assert [m.training for m in model.modules()] == modes and len(frozen) == 20
+
+
 def test_resnet18_saved_loaded_and_exported(tmp_path):
     model = ResNet18((3, 20, 20), 4).eval()
     model.save_pretrained(tmp_path / "model")

@@ -12,7 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from mocapsnet import CapsuleLayer, MoCapsNet, MomentumStack
+from mocapsnet import CapsuleLayer, ConvCapsuleLayer, MoCapsNet, MomentumStack
 from mocapsnet.kernels import momentum_routing, primary_capsules, routing, squash, votes
 from mocapsnet.kernels.momentum import reference as momentum_reference
 from mocapsnet.kernels.routing import reference as routing_reference
@@ -114,6 +114,7 @@ def operations(method, routing_grad):
             (x, v, *W, draw(J, D), draw(J, D, seed=3)),
         ),
         "squash": (squash, (x,)),
+        "squash of a vector": (squash, (x[0, 0],)),
         "votes": (votes, (x, W[0])),
         "primary_capsules": (lambda f: primary_capsules(f, 2), (draw(B, 4, 3, 3),)),
     }
@@ -311,6 +312,22 @@ def test_vmap_of_operations(backend, device):
         close(run(several), want)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_many_gradients_of_operations_at_once(backend, device):
+    x, f = draw(B, J, D).to(device), draw(B, 4, 3, 3).to(device)
+    for function, arg in (
+        (squash, x),
+        (squash, x[0, 0]),
+        (lambda f, backend: primary_capsules(f, 2, backend=backend), f),
+    ):
+        arg = arg.detach().requires_grad_()
+        out = function(arg, backend=backend)
+        w = draw(3, *out.shape).to(device)
+        (got,) = torch.autograd.grad(out, arg, w, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(out, arg, row, retain_graph=True)[0] for row in w]
+        close(got, torch.stack(each))
+
+
 def test_traced(subject):
     """By torch.jit.trace, also for another batch, and as TensorBoard's graph."""
     module, x = subject
@@ -342,6 +359,22 @@ def test_exported_and_saved(tmp_path):
     assert type(loaded) is type(module(more))
     for got, want in zip(loaded, module(more), strict=True):
         close(got, want)
+
+
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: CapsuleLayer(1152, 8, 10, 8), (1152, 8)),  # whose couplings outgrow what is kept
+        (lambda: ConvCapsuleLayer(4, 8, 4, 8, stride=2), (6, 6, 4, 8)),
+    ],
+)
+def test_exported_with_gradients_for_any_batch(make, shape):
+    """Also one for which training would not keep the couplings."""
+    module, x = make(), torch.randn(2, *shape)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
+    for more in (torch.randn(5, *shape), x):
+        torch.testing.assert_close(program.module()(more), module(more))
 
 
 def test_exported_stack_of_any_layers():

@@ -201,6 +201,21 @@ def test_stacks_know_convolutional_layers_until_they_are_changed(monkeypatch):
     assert stack.probed
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_that_is_no_parameter_is_not_forgotten(name):
+    """As in a replica of DataParallel, and where another network makes it."""
+    layer = ConvCapsuleLayer(4, 3, 4, 3, bias=True)
+    made = getattr(layer, name).detach().clone().requires_grad_()
+    delattr(layer, name)
+    setattr(layer, name, made)
+    stack = MomentumStack([layer])
+    with pytest.raises(ValueError, match='gradient.* would be lost.* memory="stored"'):
+        stack(grid(2, 3, 3, 4, 3).requires_grad_()).sum().backward()
+    stack.memory = "stored"
+    stack(grid(2, 3, 3, 4, 3)).sum().backward()
+    assert made.grad.abs().max() > 0
+
+
 def test_a_layer_that_changes_the_grid_is_refused_by_a_stack():
     with pytest.raises(ValueError, match=r"maps shape \[2, 4, 4, 3, 4\] to \[2, 2, 2, 3, 4\]"):
         MomentumStack([ConvCapsuleLayer(3, 4, 3, 4, stride=2)])(grid(2, 4, 4, 3, 4))

@@ -140,6 +140,11 @@ def test_a_state_dict_of_several_devices_in_float64(sda):
     found = model(images)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=0)  # that code's epsilon in squash
+    before = {name: w.clone() for name, w in state.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert all(torch.equal(w, before[name]) for name, w in state.items())
 
 
 def test_twice_skipped_blocks_train_in_either_memory():
