@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
+
+from mocapsnet.kernels.launch import triton_installed
 
 QUESTIONS = {
     "routing": "how much faster is routing than eager code, and how much memory does it take?",
@@ -20,9 +23,11 @@ QUESTIONS = {
     "tune": "which plans of the kernels are the fastest for a network on this GPU?",
     "machine": "what is this machine, and how fast does it copy and multiply?",
     "guard": "is the speed still there? (a minute; fails if not)",
-    "suite": "all of the above but the guard, one after another, with a summary of their results",
+    "suite": "all above but graph, launches, tune and guard, with a summary of their results",
     "gpu-report": "what does this GPU make of it all? (tests, benchmarks, a training; ten minutes)",
 }
+
+OF_KERNELS = ("static", "overhead", "launches", "tune")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -39,5 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("name", metavar="NAME", choices=list(QUESTIONS), help="see below")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.name in OF_KERNELS and not triton_installed():
+        sys.exit(f"{args.name}: it is about the Triton kernels: pip install triton")
     module = args.name.replace("-", "_")
     importlib.import_module(f"mocapsnet.benchmarks.{module}").main(args.options)

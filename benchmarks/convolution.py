@@ -14,8 +14,9 @@ parameters, gradients and Adam's state take. Wanted for the reversible stack: at
 At last a training step of a whole `ConvMoCapsNet` on large images, in processes whose memory is
 limited, on a CPU alone: peaks as the system counts them. `--side 0` leaves it out.
 
-Before anything is measured, results and gradients of every candidate are compared with the float64
-reference on small grids of the same capsules; a failure ends the run without a table.
+Before anything is measured, results and gradients of every layer are compared with the float64
+reference on small grids of the same capsules; a failure ends the run without a table. The large
+networks' seconds are of one step, the first.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def over(seconds: dict[str, list[float]], name: str, other: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = report.parser(__doc__, "guard")
+    parser = report.parser(__doc__, "guard", output=False)
     parser.add_argument("--repetitions", type=report.positive, default=7, help="timed rounds")
     args = parser.parse_args(argv)
     found = [*routing_ratios(args), *stack_ratios(args), *convolution_ratios(args)]

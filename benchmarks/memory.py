@@ -195,7 +195,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[10, 100, 1000],
         help="of the stack alone",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.blocks = sorted(set(args.blocks))
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -204,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(CANDIDATES, min(args.blocks), args.channels, args.device, results, args.images)
     rows: list[report.Row] = []
     for name, candidate in CANDIDATES.items():
-        for blocks in sorted(args.blocks):
+        for blocks in args.blocks:
             found = step_bytes(candidate, blocks, args)
             rows.append({"candidate": name, "blocks": blocks} | found)
     summary = summarize(rows, unit(args))

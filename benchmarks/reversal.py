@@ -141,7 +141,7 @@ def draw(rows: list[report.Row], gammas: Sequence[float]) -> Figure:
     """Errors against depth; what diverged or exceeds the picture lies on its upper edge."""
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     depths = sorted({row["depth"] for row in rows})
-    colours = dict(zip(gammas, ("C0", "C1", "C2", "C3", "C4", "C5", "C6"), strict=False))
+    colours = {gamma: f"C{n % 10}" for n, gamma in enumerate(gammas)}
     panels = figure.subplots(1, len(ERRORS), sharey=True)
     for axes, (error, label) in zip(panels, ERRORS.items(), strict=True):
         for gamma in gammas:

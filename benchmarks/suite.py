@@ -1,4 +1,4 @@
-"""All benchmarks one after another, with one page of their tables and pictures.
+"""The benchmarks of every machine one after another, with one page of their tables and pictures.
 
 Results go to benchmarks/results/MACHINE below the current folder, or where --output says. Nothing
 else should run on the machine meanwhile. One that fails does not stop the others. With --only the
@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import QUESTIONS
+from mocapsnet.kernels.launch import triton_installed
+
+from .cli import OF_KERNELS, QUESTIONS
 from .shared import report
 from .shared.parts import benchmark, run_all
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for name in NAMES
         if name in args.only or (folder / f"{name}.md").exists()
+        if triton_installed() or name not in OF_KERNELS
     }
     keep = [part for name, part in parts.items() if name not in args.only]
     seconds = len(parts) * LIMIT

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mocapsnet.kernels import kept, tuning, verification
-from mocapsnet.kernels.launch import at_precision, interpreting, triton_installed
+from mocapsnet.kernels.launch import at_precision, interpreting
 
 from .shared import report
 
@@ -122,8 +122,6 @@ def check_device(args: argparse.Namespace) -> None:
         args.device = torch.device("cpu")
         if not args.table:
             sys.exit("tune: --dry-run needs --table FILE: its times mean nothing")
-    if not triton_installed():
-        sys.exit("tune: plans are of Triton kernels: pip install triton")
     if args.dry_run and interpreting():
         return
     if args.device.type != "cuda":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mocapsnet.benchmarks import (
+    cli,
     convolution,
     depth,
     guard,
@@ -16,6 +17,7 @@ from mocapsnet.benchmarks import (
     overhead,
     reversal,
     step,
+    suite,
 )
 from mocapsnet.benchmarks import routing as routing_benchmark
 from mocapsnet.benchmarks.cli import QUESTIONS
@@ -116,7 +118,7 @@ def test_memory(tmp_path, monkeypatch):
     names = ["ResCapsNet, published", "ResCapsNet, einsum, checkpoint"]
     names += ["MoCapsNet, fused, reversible"]  # profiling all takes long
     monkeypatch.setattr(memory, "CANDIDATES", {n: memory.CANDIDATES[n] for n in names})
-    settings = "--blocks 1 2 --batch 8 --channels 8 --layers 2 10 --device cpu"
+    settings = "--blocks 2 1 2 --batch 8 --channels 8 --layers 2 10 --device cpu"
     memory.main([*settings.split(), "--output", str(tmp_path)])
     rows, summary = results(tmp_path, "memory")
     assert len(rows) == 2 * len(memory.CANDIDATES)
@@ -415,6 +417,27 @@ def test_counts_are_at_least_one(text, capsys):
         with pytest.raises(SystemExit):
             depth.main([f"{option}={text}"])
         assert f"{option}: {text!r} is no integer of at least 1" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.touch()
+    for output in (taken, taken / "deeper"):
+        with pytest.raises(SystemExit):
+            depth.main(["--output", str(output)])
+        assert f"{taken} is no folder that can be written" in capsys.readouterr().err
+
+
+def test_benchmarks_of_kernels_need_triton(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "triton_installed", lambda: False)
+    for name in cli.OF_KERNELS:
+        with pytest.raises(SystemExit, match=f"{name}: .* pip install triton"):
+            cli.main([name])
+    run = []
+    monkeypatch.setattr(suite, "triton_installed", lambda: False)
+    monkeypatch.setattr(suite, "run_all", lambda parts, *_: run.extend(parts) or [])
+    suite.main(["--output", str(tmp_path)])
+    assert len(run) == len(suite.NAMES) - 2
 
 
 def test_every_benchmark_explains_itself(capsys):

@@ -9,7 +9,7 @@ from typing import Any
 
 from mocapsnet.train import start
 from mocapsnet.train.errors import InputError
-from mocapsnet.train.metrics import Row, read_rows
+from mocapsnet.train.metrics import Row, judged_by, read_rows
 from mocapsnet.train.option_values import flag, flat
 from mocapsnet.train.options import CompareOptions
 from mocapsnet.train.run_folder import read_config
@@ -102,18 +102,17 @@ def accuracies(names: Sequence[str], rows: Sequence[list[Row]]) -> Table:
     """A row for each run, a column for each epoch that any has done; of the test images, or of
     those held out for validation where there are some."""
     epochs = sorted({row["epoch"] for found in rows for row in found})
-    table = [["run", *map(str, epochs)]]
+    table = [["run", "of the images for", *map(str, epochs)]]
     for run, found in zip(names, rows, strict=True):
         by_epoch = {row["epoch"]: f"{accuracy(row):.2%}" for row in found}
-        table.append([run, *(by_epoch.get(epoch, "") for epoch in epochs)])
+        split = judged_by(found[-1]) if found else ""
+        table.append([run, split, *(by_epoch.get(epoch, "") for epoch in epochs)])
     return table if epochs else []
 
 
 def accuracy(row: Row) -> float:
     """Of the images held out for validation, if there are some, else of the test images."""
-    return float(
-        row["validation_accuracy"] if "validation_accuracy" in row else row["test_accuracy"]
-    )
+    return float(row[f"{judged_by(row)}_accuracy"])
 
 
 def by_layer(

@@ -8,6 +8,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -28,11 +29,14 @@ PROJECT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 
-def parser(doc: str | None, name: str, *, device: bool = True) -> argparse.ArgumentParser:
+def parser(
+    doc: str | None, name: str, *, device: bool = True, output: bool = True
+) -> argparse.ArgumentParser:
     """Options that every benchmark has; its module's docstring is the description.
 
     Args:
         device: whether it runs where it is told; else the CPU.
+        output: whether it leaves files.
     """
     made = argparse.ArgumentParser(
         prog=f"mocapsnet benchmark {name}",
@@ -44,10 +48,22 @@ def parser(doc: str | None, name: str, *, device: bool = True) -> argparse.Argum
         made.add_argument("--device", type=device_of, default=default, help="where to run")
     else:
         made.set_defaults(device=torch.device("cpu"))
-    made.add_argument(
-        "--output", type=Path, help="folder for results (default: benchmarks/results/MACHINE)"
-    )
+    if output:
+        made.add_argument(
+            "--output",
+            type=folder_of,
+            help="folder for results (default: benchmarks/results/MACHINE)",
+        )
     return made
+
+
+def folder_of(text: str) -> Path:
+    """A folder that is there, or may be made; else nothing is measured first."""
+    folder = Path(text)
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: {above} is no folder that can be written")
+    return folder
 
 
 def device_of(text: str) -> torch.device:
@@ -168,12 +184,14 @@ def write(
     text: str,
     pictures: Mapping[str, Figure] | None = None,
 ) -> Path:
-    """Writes NAME.csv (rows), NAME.json (all), NAME.md (`text`) and pictures; prints the text.
+    """Prints the text, and writes NAME.csv (rows), NAME.json (all), NAME.md (text) and pictures.
 
     Numbers that are not finite become strings in JSON, which has none.
     Returns: the folder.
     """
     about = machine(args.device) | {"dtype": getattr(args, "dtype", "float32")}
+    text = f"{text}\n\n{title(about)}\n"
+    print(text, flush=True)
     folder: Path = args.output or results_folder(args.device)
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -185,11 +203,9 @@ def write(
     everything = {"machine": about, "settings": settings, "summary": summary, "rows": rows}
     content = json.dumps(plain(everything), indent=1, allow_nan=False)
     (folder / f"{name}.json").write_text(content + "\n")
-    text = f"{text}\n\n{title(about)}\n"
     (folder / f"{name}.md").write_text(text)
     for stem, picture in (pictures or {}).items():
         picture.savefig(folder / f"{stem}.png", dpi=110)
-    print(text, flush=True)
     return folder
 
 

@@ -31,6 +31,18 @@ def tables(output: str) -> dict[str, list[list[str]]]:
     }
 
 
+def test_accuracies_are_of_the_images_that_are_named(train: Train, command: Command) -> None:
+    train("a", "--epochs", "1")
+    b = train("b", "--epochs", "1", "--validation-share", "0.25")
+    train("c", "--epochs", "1")
+    (Path("c") / "metrics.jsonl").unlink()
+    code, output, errors = command("compare", "a", "b", "c")
+    assert code == 0, errors
+    ((_, *found),) = [tables(output)["Accuracy"]]
+    assert [line[1] for line in found] == ["test", "validation", ""]
+    assert found[1][2] == f"{rows(b)[0]['validation_accuracy']:.2%}" and found[2][2] == ""
+
+
 def test_tables(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "STEPS", (2, 5))
     a = train("a", "--epochs", "1", "--init", "paper", "--decoder", "8", "4")
@@ -54,9 +66,9 @@ def test_tables(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch)
         ["b", *(loss(n) for n in (ours[1], *ours[1]["losses"].values()))],
     ]
     assert found["Accuracy"] == [
-        ["run", "1", "2"],
+        ["run", "of the images for", "1", "2"],
         *(
-            [run.name, *(f"{row['test_accuracy']:.2%}" for row in rows(run)), *[""] * rest]
+            [run.name, "test", *(f"{row['test_accuracy']:.2%}" for row in rows(run)), *[""] * rest]
             for run, rest in ((a, 1), (b, 0))
         ),
     ]
@@ -77,7 +89,8 @@ def test_tables(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch)
     code, _, errors = command("compare", "a", "b", "--picture", "c.png")
     assert code == 0, errors
     by_layer = [list(zip(*found[title], strict=True)) for title in ("Mean", "Root")]
-    drawn = [found["Margin"], found["Accuracy"], *by_layer]
+    accuracies = [[run, *cells] for run, _, *cells in found["Accuracy"]]
+    drawn = [found["Margin"], accuracies, *by_layer]
     for axes, (_, *table) in zip(figures[0].axes, drawn, strict=True):
         for line, (_, *cells) in zip(axes.lines, table, strict=False):
             shown = [float(cell.split()[0].rstrip("%")) for cell in cells if cell]

@@ -304,6 +304,29 @@ def test_other_options_are_never_mixed(fake: Configuration, command: Command) ->
         assert "holds a run of other options (--channels 16 there, 8 asked for)" in errors
 
 
+def test_a_grid_of_other_options_is_another_experiment(
+    fake: Configuration, command: Command
+) -> None:
+    """Its cells would lie on one another."""
+    words = ["experiment", "own.json", "--seeds", "0"]
+    assert command(*words)[0] == 0
+    before = json.loads(Path("own.json").read_text())
+    varied = before | {"grid": before["grid"] | {"lr": [0.001, 0.01]}}
+    named = before | {"cases": [{"name": "slow", "lr": 0.001}, {"name": "fast", "lr": 0.01}]}
+    for other, more in ((varied, "lr"), (named, "case")):
+        own(other)
+        for last in ([], ["--dry-run"]):
+            code, _, errors = command(*words, *last)
+            assert code == 2 and errors.count("\n") == 1
+            assert f"now it is dataset, model, blocks, {more}, seed; a table has cells of" in errors
+    own(varied)
+    shutil.rmtree("runs")
+    assert command(*words)[0] == 1  # as these trainings know one rate alone
+    own(before)
+    code, _, errors = command(*words)
+    assert code == 2 and "was begun to compare dataset, model, blocks, lr, seed, and now" in errors
+
+
 def test_more_epochs_make_runs_longer(fake: Configuration, command: Command) -> None:
     assert command("experiment", "own.json", "--seeds", "0")[0] == 0
     code, output, _ = command(
@@ -685,6 +708,13 @@ def test_one_clear_error_for_a_wrong_file_of_benchmarks(
     own(configuration.load(configuration.find("figure3")) | change)
     code, _, errors = command("experiment", "own.json", "--dry-run")
     assert code == 2 and f"own.json: {said}" in errors and errors.count("\n") == 1, errors
+
+
+@pytest.mark.parametrize("option", ["--copy mine.json", "--report", "--dry-run"])
+def test_what_is_asked_of_no_experiment_is_refused(option: str, command: Command) -> None:
+    code, _, errors = command("experiment", *option.split())
+    assert code == 2 and f"{option.split()[0]} needs the NAME of an experiment" in errors
+    assert not Path("mine.json").exists()
 
 
 def test_experiments_are_listed_and_copied(command: Command) -> None:

@@ -6,7 +6,9 @@ import importlib.util
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from playwright.sync_api import Page, expect
 
 from mocapsnet import CapsNet, MoCapsNet
 from mocapsnet.train import explore
+from mocapsnet.train.explore import explorer as explorer_module
 from mocapsnet.train.explore.explorer import Explorer, Seen, from_sketch
 from mocapsnet.train.options import ExploreOptions
 
@@ -207,6 +210,62 @@ def test_a_capsule_is_moved_along_one_dimension_only() -> None:
     expected = network.decoder(masked)[0]
     torch.testing.assert_close(explorer.reconstruct(seen, 1, (0, 0, 0.2, 0)), expected)
     assert not torch.equal(explorer.reconstruct(seen, 1), expected)
+
+
+def test_two_looks_at_once_are_at_two_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = CapsNet((1, 8, 8), 3, blocks=0, channels=8, kernel_size=3, class_dim=4)
+    explorer, shown = Explorer(network), torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+    alone = [explorer.look(image).layers["last"].couplings for image in shown]
+    inspect, both, inside = explorer_module.inspect_layers, [], threading.Semaphore(1)
+
+    def slow(*arguments: object) -> object:
+        assert inside.acquire(blocking=False), "two are in there"
+        time.sleep(0.1)
+        found = inspect(*arguments)  # type: ignore[arg-type]
+        inside.release()
+        return found
+
+    monkeypatch.setattr(explorer_module, "inspect_layers", slow)
+    with ThreadPoolExecutor(2) as pool:
+        both = [seen.layers["last"].couplings for seen in pool.map(explorer.look, shown)]
+    for found, expected in zip(both, alone, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_page_of_another_origin_gets_and_sends_nothing(iterations: int) -> None:
+    from starlette.testclient import TestClient
+
+    small = dict(blocks=0, channels=8, kernel_size=3, class_dim=4)
+    network = CapsNet((1, 8, 8), 3, iterations=iterations, **small)  # type: ignore[arg-type]
+    application = explore.make_application(Explorer(network), "A title", [])
+    here = "http://127.0.0.1:1234"
+    client = TestClient(application, base_url=here)
+    file = {"files": ("x.html", b"<p>", "text/html")}
+    for origin, code in ((here, 200), ("http://evil.example", 403), ("null", 403)):
+        headers = {"Origin": origin}
+        assert client.post("/gradio_api/upload", files=file, headers=headers).status_code == code
+        assert client.get("/", headers=headers).status_code == code
+    assert client.get("/").status_code == 200
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_a_loaded_image_is_read_as_a_file_is() -> None:
+    """Sixteen bits a pixel too, which Gradio would cut off."""
+    from gradio.components.image import ImageData
+
+    from mocapsnet.train.explore.page import build_page
+
+    small = dict(blocks=0, channels=8, kernel_size=3, class_dim=4)
+    network = CapsNet((1, 8, 8), 3, **small)  # type: ignore[arg-type]
+    page = build_page(Explorer(network), "A title", [])
+    (upload,) = [b for b in page.blocks.values() if getattr(b, "elem_id", "") == "upload"]
+    values = (np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)
+    Image.fromarray(values).save("deep.png")
+    given = upload.preprocess(ImageData(path="deep.png", orig_name="deep.png"))
+    found = (network.predict(given).pixels * 255).round()[0, 0].numpy()
+    assert np.array_equal(found, values // 257)
 
 
 def test_bad_input_is_one_line(

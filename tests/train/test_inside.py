@@ -114,6 +114,22 @@ def test_many_classes_take_more_pictures_and_missing_ones_none() -> None:
     named = [title.partition(", taken")[0] for title in titles if title]
     assert named == [f"$class {n}" for n in range(12)]
     assert "What each of the 3 dimensions" in words(second)[0]
+    model.class_names = tuple(map(str, range(13)))
+    seven = ImageSet(test_set.images, test_set.labels % 7, tuple(map(str, range(13))))
+    (page,) = dimensions.pages(model, seven)
+    axes = dimensions.figure(model, page).axes
+    drawn = [one for one in axes if one.get_title()]
+    assert len(drawn) == 7 and len(axes) == 10
+    assert not any(one.axison for one in axes if one not in drawn), "frames around nothing"
+
+
+def test_classes_along_a_table_of_couplings_have_their_names() -> None:
+    names = [f"{n:05}" for n in range(43)]
+    figure = couplings.table(torch.rand(6, 43), names, "title")
+    ticks = {round(x): t.get_text() for x, t in zip(
+        figure.axes[0].get_xticks(), figure.axes[0].get_xticklabels(), strict=True
+    )}  # fmt: skip
+    assert len(ticks) > 3 and all(text == names[n] for n, text in ticks.items())
 
 
 def test_coupling_entropy() -> None:

@@ -48,6 +48,12 @@ def experiment(command: ExperimentOptions) -> None:
     Raises: InputError before anything is started; Interrupted; Failed if runs failed.
     """
     if not command.name:
+        for option in ("copy", "report", "dry_run"):
+            if getattr(command, option):
+                raise InputError(
+                    f"--{option.replace('_', '-')} needs the NAME of an experiment; "
+                    "`mocapsnet experiment` lists them"
+                )
         return _list()
     path = configuration.find(command.name)
     if command.copy is not None:

@@ -102,6 +102,12 @@ def merge(folder: Path, then: Record | None, now: Record) -> Record:
     """
     if then is None:
         return now
+    old, new = then.configuration.compared, now.configuration.compared
+    if set(old) != set(new):
+        raise InputError(
+            f"{folder} was begun to compare {', '.join(old)}, and now it is {', '.join(new)}; "
+            "a table has cells of one kind: give another --out"
+        )
     keys = [*now.keys, *(keys for keys in then.keys if keys not in now.keys)]
     merged = Record(now.configuration, now.given, now.folders, keys, then.machines, then.commands)
     after = {run.name: run for run in merged.runs()}

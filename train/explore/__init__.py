@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 EXAMPLES = 500
 """Test images to pick from."""
+LARGEST = "50mb"
+"""File that can be loaded."""
 
 
 def explore(command: ExploreOptions) -> None:
@@ -90,13 +92,16 @@ def make_application(explorer: Explorer, title: str, examples: Sequence[Example]
     from mocapsnet.train.explore.page import STYLE, build_page
 
     application = fastapi.FastAPI(openapi_url=None)
-    # A page of another host whose name is made to lead here gets nothing.
+    # A page of another host gets nothing, nor can it send anything, also one whose name is made to
+    # lead here.
+    application.add_middleware(OwnPagesOnly)
     application.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     return gradio.mount_gradio_app(
         application,
         build_page(explorer, title, examples),
         path="/",
         server_name=HOST,
+        max_file_size=LARGEST,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
@@ -108,6 +113,23 @@ def make_application(explorer: Explorer, title: str, examples: Sequence[Example]
         ),
         css=STYLE + canvas.STYLE,
     )
+
+
+class OwnPagesOnly:
+    """Refuses what a page of another origin sends, as a form does without asking."""
+
+    def __init__(self, application: Any):
+        self.application = application
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
+        headers = dict(scope.get("headers", ()))
+        origin = headers.get(b"origin")
+        answer = self.application
+        if origin is not None and origin != b"http://" + headers.get(b"host", b""):
+            answer = PlainTextResponse("This is for pages from here.", status_code=403)
+        await answer(scope, receive, send)
 
 
 def server_config(application: Any) -> Any:

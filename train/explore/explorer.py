@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,11 +45,13 @@ class Explorer:
     def __init__(self, network: CapsNet):
         self.network = network.eval()
         self.classes = network.class_names
+        self._one_at_a_time = threading.Lock()  # hooks on the network note what passes
 
     def look(self, image: Image.Image | Tensor) -> Seen:
         """An image of any size, or uint8 [C, H, W]."""
-        p = self.network.predict(image)
-        layers = inspect_layers(self.network, self.network.preprocessing(p.pixels))
+        with self._one_at_a_time:
+            p = self.network.predict(image)
+            layers = inspect_layers(self.network, self.network.preprocessing(p.pixels))
         return Seen(p.pixels[0], p.lengths[0], p.capsules[0], layers)
 
     @torch.no_grad()

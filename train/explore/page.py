@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from mocapsnet.images import fit
 from mocapsnet.train.explore.canvas import SCRIPT, picture, template
 from mocapsnet.train.explore.explorer import Explorer, Seen, from_sketch, image_tag
 from mocapsnet.train.pictures.couplings import layer_titles
@@ -113,7 +114,8 @@ def build_page(explorer: Explorer, title: str, examples: Sequence[tuple[Tensor, 
 
     def loaded(image: Image.Image | None, inverted: bool) -> list[Any]:
         if image is not None and inverted:
-            image = Image.eval(image.convert("RGB"), lambda value: 255 - value)
+            _, *size = network.config.image_shape
+            image = Image.fromarray(255 - fit(image, tuple(size), channels=1)[0])
         return show(image)
 
     def picked() -> list[Any]:
@@ -143,7 +145,8 @@ def build_page(explorer: Explorer, title: str, examples: Sequence[tuple[Tensor, 
                     )  # fmt: skip
                 with gr.Tab("Load"):
                     upload = gr.Image(
-                        type="pil", show_label=False, sources=["upload", "clipboard"],
+                        type="pil", image_mode=None, show_label=False,
+                        sources=["upload", "clipboard"],
                         height=340, elem_id="upload",
                     )  # fmt: skip
                     inverted = gr.Checkbox(False, label="Swap light and dark", visible=not colour)
@@ -169,13 +172,14 @@ def build_page(explorer: Explorer, title: str, examples: Sequence[tuple[Tensor, 
                     for d in range(dimensions)
                 ]  # fmt: skip
         gr.Markdown(AGREE)
+        rounds = network.config.iterations
         with gr.Row():
             layer = gr.Dropdown(
                 chosen_layers, value="last", label="Votes from layer to layer", min_width=300,
                 elem_id="layer",
             )  # fmt: skip
             iteration = gr.Slider(
-                1, network.config.iterations, network.config.iterations, step=1,
+                1, max(rounds, 2), rounds, step=1, visible=rounds > 1,
                 label="Routing iteration", buttons=[], min_width=300, elem_id="iteration",
             )  # fmt: skip
         couplings = gr.Plot(show_label=False, elem_id="couplings")

@@ -66,7 +66,7 @@ def draw(
         early.set_xscale("symlog", linthresh=100)
         early.set_xticks([0, *counts], [f"{n:,}" for n in (0, *counts)])
         early.xaxis.set_minor_locator(NullLocator())
-        late.set(title="Accuracy, in testing", xlabel="epoch", ylabel="%")
+        late.set(title="Accuracy, of images not trained on", xlabel="epoch", ylabel="%")
         late.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels.flat:
         axes.grid(alpha=0.3)

@@ -87,9 +87,10 @@ def table(c: Tensor, outputs: list[str] | None, title: str) -> Figure:
     image = axes.imshow(c.numpy(), cmap=COLOURS, norm=scale(c), aspect="auto")
     axes.set(ylabel="input capsule", xlabel="class" if outputs else "output capsule")
     axes.set_yticks(ticks(N), labels=[str(n + 1) for n in ticks(N)])
-    if outputs and J <= 20:
-        long = max(map(len, outputs)) > 2
-        axes.set_xticks(range(J), labels=outputs, rotation=60 if long else 0, size=8)
+    if outputs:
+        named = range(J) if J <= 20 else ticks(J)
+        names = [outputs[j] for j in named]
+        axes.set_xticks(named, labels=names, rotation=60 if max(map(len, names)) > 2 else 0, size=8)
     else:
         axes.set_xticks(ticks(J), labels=[str(j + 1) for j in ticks(J)])
     legend(figure, image, axes)

@@ -92,11 +92,11 @@ def figure(network: CapsNet, found: list[Example]) -> Figure:
     picture = Figure(
         figsize=(max(3.0 * columns, 9.0), (height + 0.6) * lines + 0.9), layout="constrained"
     )
-    panels = picture.subplots(lines, columns, squeeze=False).flat
+    panels = list(picture.subplots(lines, columns, squeeze=False).flat)
     for axes, example in zip(panels, found, strict=False):
         drawn = sweep(network, example.capsule, example.label)
         _panel(axes, example, drawn, by_strength(drawn)[:rows], network.class_names)
-    for axes in list(panels)[len(found) :]:
+    for axes in panels[len(found) :]:
         axes.axis("off")
     which = "each" if rows == D else f"each of the {rows} strongest"
     heading(
