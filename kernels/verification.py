@@ -53,6 +53,11 @@ _log = logging.getLogger("mocapsnet")
 TOLD = "verifying the kernels of %s on %s, once; compiling them may take a minute"
 """At a level that is shown unasked: the call seems to hang."""
 
+UNFINISHED = (
+    "the kernels of %s on %s run without having been verified: %s. mocapsnet.kernels.verify() "
+    "tries again"
+)
+
 
 def trusted(family: str, device: torch.device) -> bool:
     """Whether calls on this GPU take the kernels of a family; verifies them if nobody has yet.
@@ -80,7 +85,8 @@ def verify(
         device: a GPU, None for the current one; or the CPU, if Triton's interpreter is on.
         families: of "squash", "primary", "votes", "routing", "momentum" and "conv_routing".
         again: also where there is a verdict already.
-    Returns: a verdict for each family, its failures empty if all is right.
+    Returns: a verdict for each family, its failures empty if all that was compared is right, and
+        `unfinished` saying why the rest was not, as where memory gave out.
     Raises: ValueError if a family is unknown or Triton cannot run on the device.
     """
     from .launch import interpreting, triton_installed
@@ -155,6 +161,9 @@ def _settle(family: str, device: torch.device, again: bool) -> Verdict:
                     verdict = apart(lambda: compare(family, device))
                     if not verdict.unfinished:
                         verdicts.write(verdict)
+        if verdict.unfinished:
+            _log.warning(UNFINISHED, family, place["GPU"], verdict.unfinished)
+            return verdict
         _known[family, device] = verdict
         if not verdict.passed:
             warnings.warn(complaint(verdict), RuntimeWarning, stacklevel=2)
@@ -237,8 +246,10 @@ def where(device: torch.device) -> dict[str, str]:
 @cache
 def own_versions() -> dict[str, str]:
     """Of Triton and this project, with a digest of its kernels: they change between releases."""
-    import triton
-
+    try:
+        import triton
+    except ImportError:
+        triton = None
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
@@ -246,4 +257,5 @@ def own_versions() -> dict[str, str]:
         version = importlib.metadata.version("mocapsnet")
     except importlib.metadata.PackageNotFoundError:
         version = "not installed"
-    return {"triton": triton.__version__, "mocapsnet": f"{version}, {digest.hexdigest()[:12]}"}
+    of_triton = "none" if triton is None else triton.__version__
+    return {"triton": of_triton, "mocapsnet": f"{version}, {digest.hexdigest()[:12]}"}

@@ -59,7 +59,7 @@ class CNN(CapsNet):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
         features = self.features(images)
         with full_precision(images):
-            weight = next(self.dense.parameters())
+            weight = next(self.dense.parameters(), features)  # none in quantised layers
             logits = self.dense(features.to(weight.dtype))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if labels is not None:
@@ -160,5 +160,6 @@ class CNNLoss(CapsuleLoss):
 
     def forward(self, output: CapsNetOutput, pixels: Tensor, labels: Tensor) -> LossParts:
         presence(labels, output.lengths)
+        labels = labels if labels.is_floating_point() else labels.long()
         loss = F.cross_entropy(output.capsules.squeeze(2), labels, reduction="sum")
         return LossParts(loss, loss, torch.zeros_like(loss))

@@ -53,7 +53,7 @@ def _pixels(
             image = fit(image, (height, width), channels)
         pixels = _scaled(_tensor(image, channels).to(device))
         return fit_size(fit_channels(pixels, channels), height, width)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
@@ -72,10 +72,16 @@ def fit(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its pixels are outside 0..65535: save it with 8 or 16 bits a pixel")
+        if 0 < values.max() <= 255:
+            raise ValueError(
+                "its integers are all within 0..255, which is next to black with 16 bits a pixel: "
+                "save it with 8, or give an array of uint8"
+            )
         image = Image.fromarray((values // 257).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating point: save it with 8 or 16 bits a pixel")
-    image = image.convert("L" if channels == 1 else "RGB")
+    if (image.mode, channels) != ("RGBA", 4):
+        image = image.convert("L" if channels == 1 else "RGB")
     if image.size != size[::-1]:
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
     array = np.array(image)

@@ -14,6 +14,7 @@ from .convolution import Conv2d, channels_last, computed_in, seen
 from .depth import HIDDEN_LENGTH, HIDDEN_SUM_LENGTH, capsule_layers, stream_lengths
 from .kernels import checks
 from .kernels.launch import full_precision
+from .kernels.squash.reference import length
 from .layers import CapsuleLayer, PrimaryCapsules, squashed
 from .pretrained import Pretrained
 from .published import TwiceSkippedStack
@@ -320,7 +321,7 @@ class CapsNet(Pretrained):
             dtype = torch.promote_types(features.dtype, self.last.weight.dtype)
             features = features.to(torch.promote_types(dtype, torch.float32))
             capsules = self.route(features)
-            lengths = torch.linalg.vector_norm(capsules, dim=-1)
+            lengths = length(capsules).squeeze(-1)
             mask = presence(lengths.argmax(1) if labels is None else labels, lengths)
             if self.decoder is None:
                 return CapsNetOutput(lengths, capsules, None)

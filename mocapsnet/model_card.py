@@ -31,16 +31,17 @@ class ModelCard:
     accuracy: float | None = None
     epochs: int | None = None
     command: str | None = None
-    picture: Path | None = None
+    picture: str | Path | None = None
     validation_accuracy: float | None = None
 
     def write(self, path: Path, model: CapsNet) -> None:
         """Write the card of `model` to `path`, and the picture beside it."""
+        text = self.text(model)
         if self.picture is not None:
             picture = path.with_name(PICTURE)
-            if self.picture.resolve() != picture.resolve():
+            if Path(self.picture).resolve() != picture.resolve():
                 shutil.copyfile(self.picture, picture)
-        path.write_text(self.text(model), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
     def text(self, model: CapsNet) -> str:
         c = model.config
@@ -59,12 +60,12 @@ class ModelCard:
             f"A {kind} of the Python package mocapsnet for images of {C} x {H} x {W}.",
             "",
         ]
+        accuracies = (self.accuracy, self.validation_accuracy)
+        tested, validated = (None if a is None else f"{float(a):.2%}" for a in accuracies)
         facts = {
             "data set": self.dataset,
-            "test accuracy": None if self.accuracy is None else f"{self.accuracy:.2%}",
-            "validation accuracy": None
-            if self.validation_accuracy is None
-            else f"{self.validation_accuracy:.2%}",
+            "test accuracy": tested,
+            "validation accuracy": validated,
             "epochs": self.epochs,
             "parameters": f"{parameters:,}",
             "blocks of two capsule layers": c.blocks if model.has_capsules else None,
@@ -101,7 +102,7 @@ class ModelCard:
             result = {
                 "task": {"type": "image-classification"},
                 "dataset": {"name": self.dataset, "type": self.dataset},
-                "metrics": [{"type": "accuracy", "value": round(self.accuracy, 6)}],
+                "metrics": [{"type": "accuracy", "value": round(float(self.accuracy), 6)}],
             }
             metadata["model-index"] = [{"name": title, "results": [result]}]
         return metadata

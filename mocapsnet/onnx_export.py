@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .pretrained import refuse_what_config_does_not_say
+
 if TYPE_CHECKING:
     from .model import CapsNet
 
@@ -36,7 +38,8 @@ def export_onnx(model: CapsNet, path: str | os.PathLike[str]) -> Path:
         model: stays as it is.
         path: the file.
     Returns: the path.
-    Raises: ImportError if a package is missing that `pip install "mocapsnet[onnx]"` brings.
+    Raises: ImportError if a package is missing that `pip install "mocapsnet[onnx]"` brings;
+        ValueError if the network was changed since it was built, as `save_pretrained`.
     """
     _import("onnx")
     _import("onnxscript")
@@ -97,6 +100,7 @@ def _plain(model: CapsNet) -> CapsNet:
     """The same network on the CPU, of operations that every program knows."""
     options = {"routing_backend": "reference", "memory": "stored"}
     options = {k: v for k, v in options.items() if hasattr(model.config, k)}
+    refuse_what_config_does_not_say(model)
     with torch.random.fork_rng(devices=[]):  # the weights it draws are replaced
         plain = type(model)(**vars(dataclasses.replace(model.config, **options)))  # type: ignore[arg-type]
     plain.load_state_dict(model.state_dict())

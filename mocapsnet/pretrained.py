@@ -52,15 +52,19 @@ class Pretrained(Predictor):
             folder: made if it is missing; the three files in it are replaced.
             card: what the model card says about the training.
         Returns: the folder.
+        Raises: ValueError if it could not be read again as it is: layers, options or preprocessing
+            were changed since it was built.
         """
         from safetensors.torch import save
 
+        refuse_what_config_does_not_say(self)  # type: ignore[arg-type]
+        config = json.dumps(_config(self), indent=2, default=_number)
+        weights = {n: w.detach().cpu().contiguous() for n, w in self.state_dict().items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: w.detach().cpu().contiguous() for n, w in self.state_dict().items()}
-        _write(folder / WEIGHTS, save(weights, {"format": "pt"}))
         (card or ModelCard()).write(folder / CARD, self)  # type: ignore[arg-type]
-        _write(folder / CONFIG, (json.dumps(_config(self), indent=2) + "\n").encode())
+        _write(folder / WEIGHTS, save(weights, {"format": "pt"}))
+        _write(folder / CONFIG, f"{config}\n".encode())
         return folder
 
     @classmethod
@@ -76,8 +80,9 @@ class Pretrained(Predictor):
         """Read a network that `save_pretrained` wrote, on the CPU and in evaluation mode.
 
         Args:
-            name_or_folder: a folder, or the name of a model on the Hub, "owner/name", which is
-                fetched by `huggingface_hub` (`pip install "mocapsnet[hub]"`).
+            name_or_folder: a folder, also that of a run, or the name of a model on the Hub,
+                "owner/name", which is fetched by `huggingface_hub`
+                (`pip install "mocapsnet[hub]"`).
             revision, token, cache_dir, local_files_only: for the Hub, see
                 `huggingface_hub.snapshot_download`.
         Returns: a network of the saved class, which must be this one or derived from it:
@@ -89,6 +94,7 @@ class Pretrained(Predictor):
         if not folder.is_dir():
             hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
             folder = _fetch(os.fspath(name_or_folder), local_files_only=local_files_only, **hub)
+        folder = _within_run(folder)
         model = _read(folder, cls)  # type: ignore[arg-type]
         return model  # type: ignore[return-value]
 
@@ -135,14 +141,62 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") 
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder: give a run, or what save_pretrained wrote")
-    if (path / "model").is_dir():
-        path = path / "model"
-    elif (path / "checkpoints").is_dir():
+    return _read(_within_run(path), CapsNet).to(device)
+
+
+def _within_run(folder: Path) -> Path:
+    """Where the network of a run lies; another folder is the network's own."""
+    if (folder / "model").is_dir():
+        return folder / "model"
+    if (folder / "checkpoints").is_dir():
         raise ValueError(
-            f"{path} is a run without a trained network yet: it is written to {path / 'model'} "
-            "after the first epoch"
+            f"{folder} is a run without a trained network yet: it is written to "
+            f"{folder / 'model'} after the first epoch"
         )
-    return _read(path, CapsNet).to(device)
+    return folder
+
+
+OPTIONS = (
+    "iterations method routing_grad sda_mean sda_scale gamma velocity block_layers in_features "
+    "kernel_size stride padding"
+).split()
+"""Attributes of layers and stacks that make outputs what they are."""
+
+
+def refuse_what_config_does_not_say(model: CapsNet) -> None:
+    """Raises: ValueError if a network built from `model.config` would not be like the model."""
+    advice = "; build the network with the options that it is to have"
+    kind = type(model.preprocessing)
+    if kind is not Preprocessing:
+        raise ValueError(
+            f"preprocessing is a {kind.__name__}, which no file describes: a Preprocessing does"
+        )
+    options: Any = vars(model.config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            built = type(model)(**options)
+        except TypeError:  # a class derived from one of ours, with other arguments
+            built = _saved_as(model)(**options)
+    have, need = ({n: list(w.shape) for n, w in m.state_dict().items()} for m in (model, built))
+    if have != need:
+        name = next(n for n in {**need, **have} if have.get(n) != need.get(n))
+        raise ValueError(
+            f"{name} is {have.get(name, 'missing')} in the network, and "
+            f"{need.get(name, 'missing')} by its config{advice}"
+        )
+    modules = dict(built.named_modules())
+    for name, ours in model.named_modules():
+        for option in OPTIONS:
+            now, then = (getattr(m, option, None) for m in (ours, modules.get(name)))
+            if now != then:
+                raise ValueError(f"{name}.{option} is {now}, and {then} by its config{advice}")
+
+
+def _saved_as(model: Pretrained) -> type[CapsNet]:
+    """A class derived from one of ours is saved as that."""
+    from .model import networks
+
+    return next(base for base in type(model).__mro__ if base in networks().values())
 
 
 def _config(model: Pretrained) -> dict[str, Any]:
@@ -156,12 +210,18 @@ def _config(model: Pretrained) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "library": f"mocapsnet {__version__}",
-        # A class derived from one of ours is saved as that.
-        "model": next(names[base] for base in type(model).__mro__ if base in names),
+        "model": names[_saved_as(model)],
         "network": network,
         "class_names": list(model.class_names),
         "preprocessing": dataclasses.asdict(model.preprocessing),
     }
+
+
+def _number(value: Any) -> Any:
+    """One of NumPy's, or in a tensor, as a number that JSON has."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{value!r} cannot be written as JSON")
 
 
 def _read(folder: Path, wanted: type[CapsNet]) -> CapsNet:
@@ -212,6 +272,8 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
         raise ValueError(f"{path} has no format's version: it is not of a network of mocapsnet")
+    if "options" in config and "network" not in config:
+        raise ValueError(f"{path} is of a run, whose network is in its folder model")
     if config["format"] > FORMAT:
         raise ValueError(
             f"{path} is of format {config['format']}, written by {config.get('library')}; this "

@@ -127,12 +127,12 @@ def explain_conv(
         return Explanation(backend, form, (step,), (step,))
     from . import triton
 
-    u, W = u.to("meta"), W.to("meta")
+    place, u, W = u.device, u.to("meta"), W.to("meta")
     bias = None if bias is None else bias.to("meta")
     keep = (method, routing_grad) == ("rba", "final") and iterations > 1
-    with recording() as forward:
+    with recording() as forward, triton.plans.for_tensors_on(place):
         v, sums, kept = triton.forward(u, W, bias, steps, iterations, method, keep)
-    with recording() as backward:
+    with recording() as backward, triton.plans.for_tensors_on(place):
         triton.backward(v, u, W, sums, kept, steps, method, routing_grad, bias is not None)
     return explanation(forward, backward, "static")
 

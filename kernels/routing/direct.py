@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..launch import accumulation_dtype
+from ..squash.reference import length
 from .workspace import workspace
 
 SAMPLES = 8
@@ -121,9 +122,10 @@ def backward(
 
 
 def squash(s: Tensor) -> Tensor:
-    """Equation 2, vectors along the last dimension; half as many calls as the reference, which has
-    a second derivative at s = 0."""
+    """Equation 2, vectors along the last dimension."""
     n = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    if not (n.is_meta or n.all()):  # of 0 it has no second derivative
+        n = length(s)
     return s * (n / (1 + n * n))
 
 

@@ -190,9 +190,9 @@ def explain(
     bias = None if bias is None else bias.to("meta")
     keep = (method, routing_grad) == ("rba", "final") and iterations > 1
     p, q, plans = tuning.told(place, u, W, iterations, method, routing_grad)
-    with recording() as forward:
+    with recording() as forward, triton.plans.for_tensors_on(place):
         v, sums, kept = triton.forward(u, W, bias, iterations, method, keep, p)
-    with recording() as backward:
+    with recording() as backward, triton.plans.for_tensors_on(place):
         triton.backward(v, u, W, sums, kept, method, routing_grad, bias is not None, q)
     return explanation(forward, backward, plans)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
@@ -43,6 +45,17 @@ OWNED_PROGRAMS = 2
 
 multiprocessors: ContextVar[int] = ContextVar("multiprocessors", default=132)
 """Those of the GPU for which tensors that are on none are planned; an H100 SXM has 132."""
+
+
+@contextmanager
+def for_tensors_on(device: torch.device) -> Iterator[None]:
+    """Tensors that are on no GPU are planned as those on this device, if it is a GPU."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    token = multiprocessors.set(_counted(device) if there else multiprocessors.get())
+    try:
+        yield
+    finally:
+        multiprocessors.reset(token)
 
 
 def multiprocessors_of(device: torch.device) -> int:

@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(compared, s, monkeypatch,
     assert compared == ["squash"] * 2
 
 
-def test_too_little_memory_is_no_verdict(compared, s, monkeypatch):
+def test_too_little_memory_is_no_verdict(compared, s, monkeypatch, caplog):
     with monkeypatch.context() as patch:
 
         def full(*args):
@@ -212,7 +212,13 @@ def test_too_little_memory_is_no_verdict(compared, s, monkeypatch):
 
         patch.setattr(squash_kernels, "backward", full)
         (verdict,) = verify(s.device, ["squash"])
-    assert "out of memory" in verdict.unfinished and verdict.passed and files() == []
+        assert "out of memory" in verdict.unfinished and verdict.passed and files() == []
+        for _ in range(2):
+            squash(s)  # which does not try again and again
+    (said, _) = [r.getMessage() for r in caplog.records if "without having been" in r.getMessage()]
+    assert "run without having been verified: not enough memory: CUDA out of memory" in said
+    (verdict,) = verify(s.device, ["squash"])
+    assert not verdict.unfinished and len(files()) == 1
 
 
 ONE_OF_TWO = """

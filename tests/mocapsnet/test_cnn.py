@@ -60,6 +60,8 @@ def test_probabilities_logits_and_loss():
     assert loss.margin is loss.total and loss.reconstruction == 0
     each = CNNLoss().margin.each(out.lengths, labels)
     torch.testing.assert_close(each, F.cross_entropy(logits, labels, reduction="none"))
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(CNNLoss()(out, images, labels.to(dtype)).total, loss.total)
     # Mixed images: shares of the classes, here all of one.
     shares = F.one_hot(labels, 3).float()
     torch.testing.assert_close(CNNLoss()(out, images, shares).total, loss.total)
@@ -135,6 +137,15 @@ def test_resnet18_saved_loaded_and_exported(tmp_path):
     assert torch.equal(found.lengths, model.predict(pixels).lengths)
     exported = onnx_export._Graph(onnx_export._plain(model))(pixels)
     torch.testing.assert_close(exported[0], found.lengths)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao's, of what replaces it
+def test_dynamically_quantised():
+    model = network().eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    images = torch.randn(2, 1, 12, 10)
+    difference = quantised(images).lengths - model(images).lengths
+    assert 0 < difference.abs().max() < 0.1
 
 
 def test_built_by_name():

@@ -2,12 +2,13 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
 
 from mocapsnet import cli, doctor
-from mocapsnet.kernels import tuning, verification
+from mocapsnet.kernels import explain, launch, tuning, verification
 from mocapsnet.kernels.momentum import cases as momentum_cases
 from mocapsnet.kernels.routing import cases as routing_cases
 from mocapsnet.kernels.routing import plans
@@ -105,13 +106,31 @@ def test_forms_are_those_of_a_gpu_where_its_kernels_are_relied_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "read", lambda device: tuning.Table({}, None, "none"))
+    monkeypatch.setattr(plans, "_counted", lambda device: 20)  # multiprocessors
     for trusted, backend in ((True, "triton"), (False, "chunked")):
         monkeypatch.setattr(verification, "trusted", lambda *args, t=trusted: t)
         rows = doctor.forms()
         assert {row["backend"] for row in rows} == {backend}
         assert rows[0]["form"].endswith("tensor cores") == trusted
         assert rows[0]["plans"] == ("static, none" if trusted else "")
+    u, W = torch.empty(128, 1152, 8, device="meta"), torch.empty(1152, 8, 32, 8, device="meta")
+    there, other = (explain(u, W, backend="triton", device=d) for d in ("cuda:0", None))
+    assert there.forward != other.forward and there.backward != other.backward
+    token = plans.multiprocessors.set(20)
+    assert explain(u, W, backend="triton").forward == there.forward
+    plans.multiprocessors.reset(token)
     tuning.forget()
+
+
+def test_without_triton_it_tells_what_there_is(capsys, monkeypatch):
+    """As on systems for which there is none."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for module in (doctor, launch):
+        monkeypatch.setattr(module, "triton_installed", lambda: False)
+    verification.own_versions.cache_clear()
+    code, out = run(capsys)
+    verification.own_versions.cache_clear()
+    assert code == 0 and "No kernels: they need a GPU and triton" in out
 
 
 def test_the_table_of_a_gpu_is_told(capsys, monkeypatch, device):

@@ -124,6 +124,8 @@ def test_another_size_is_covered_and_cut_around_the_centre():
         (3, "images: not a path, a PIL image, a tensor or an array, but int"),
         (Image.fromarray(np.ones((6, 5), np.float32)), "floating point: save it with 8 or 16 bits"),
         (Image.fromarray(np.full((6, 5), 70000, np.int32)), r"outside 0..65535"),
+        (Image.fromarray(np.full((6, 5), 255, np.int32)), r"images: its integers are all within 0"),
+        (Image.fromarray(np.full((6, 5), 9, np.uint16)), r"images: its integers are all within 0"),
         ([], "at least one image"),
         ([torch.rand(6, 5), torch.rand(6, 5) * 9], r"image 1: floating-point pixels must"),
     ],
@@ -139,6 +141,17 @@ def test_a_truncated_file_is_named(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="cut.png: cannot be read as an image"):
         read(path, COLOUR, CPU)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:6000])
+    with pytest.raises(ValueError, match="image 1: .*truncated"):
+        read([colour(), Image.open(path)], COLOUR, CPU)  # which is decoded when it is needed
+
+
+def test_four_channels_are_those_of_an_image_that_has_them():
+    four = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
+    assert torch.equal(read(Image.fromarray(four), (4, 6, 5), CPU), read(four, (4, 6, 5), CPU))
+    with pytest.raises(ValueError, match="3 channels cannot be made into 4"):
+        read(Image.fromarray(four[..., :3]), (4, 6, 5), CPU)
 
 
 def test_a_camera_s_orientation_is_followed(tmp_path: Path):

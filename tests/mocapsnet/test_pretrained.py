@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -201,6 +202,67 @@ def test_classes_that_do_not_fit_and_derived_ones(tmp_path):
         ResCapsNet.from_pretrained(folder)
 
 
+class Inverted(Preprocessing):
+    def __call__(self, pixels):
+        return super().__call__(1 - pixels)
+
+
+def of_one_iteration(model):
+    model.first.iterations = model.last.iterations = 1
+
+
+CHANGES = {
+    "preprocessing is a Inverted, which no file describes": lambda m: setattr(
+        m, "preprocessing", Inverted()
+    ),
+    r"first.iterations is 1, and 3 by its config; build the network": of_one_iteration,
+    r"decoder.layers.0.weight is missing in the network": lambda m: setattr(m, "decoder", None),
+    r"stack.gamma is 0.1, and 0.9 by its config": lambda m: setattr(m.stack, "gamma", 0.1),
+    r"last.weight is \[4, 4, 5, 4\] in the network, and \[4, 4, 3, 4\]": lambda m: setattr(
+        m, "last", mocapsnet.CapsuleLayer(4, 4, 5, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_what_no_file_would_describe_is_not_written(said, tmp_path):
+    model = network()
+    folder = model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    CHANGES[said](model)
+    with pytest.raises(ValueError, match=said):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_is_whole_whatever_is_asked_to_be_written(tmp_path):
+    folder = network().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = network(gamma=0.5)
+    for card in (ModelCard(picture="no.png"), ModelCard(accuracy="none")):
+        with pytest.raises((OSError, ValueError)):
+            other.save_pretrained(folder, card)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    torch.manual_seed(0)
+    numbers = MoCapsNet(SHAPE, np.int64(3), **SMALL | dict(capsules=np.int32(4)))
+    card = ModelCard("digits", accuracy=torch.tensor(0.5), validation_accuracy=np.float32(0.25))
+    found = load(numbers.save_pretrained(folder, card))
+    assert_same(found.predict(pixels()), numbers.predict(pixels()))
+    text = (folder / "README.md").read_text()
+    assert "| 50.00% |" in text and "| 25.00% |" in text and '"value": 0.5' in text
+
+
+def test_a_derived_network_with_arguments_of_its_own_is_saved_as_ours(tmp_path):
+    class Mine(MoCapsNet):
+        def __init__(self):
+            super().__init__(SHAPE, 3, **SMALL)
+
+    model = Mine()
+    found = load(model.save_pretrained(tmp_path))
+    assert type(found) is MoCapsNet
+    assert torch.equal(found.predict(pixels()).lengths, model.predict(pixels()).lengths)
+
+
 def test_the_machine_s_backend_is_not_saved(tmp_path):
     model = network(routing_backend="reference")
     assert load(model.save_pretrained(tmp_path)).config.routing_backend is None
@@ -210,6 +272,11 @@ def test_a_run_s_network_is_found(tmp_path):
     network().save_pretrained(tmp_path / "model")
     (tmp_path / "config.json").write_text("{}")  # the run's own
     assert load(tmp_path).class_names == ("ant", "bee", "cat")
+    assert CapsNet.from_pretrained(tmp_path).class_names == ("ant", "bee", "cat")
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    (tmp_path / "config.json").write_text('{"format": 99, "options": {}}')
+    with pytest.raises(ValueError, match="config.json is of a run, whose network is in its folder"):
+        CapsNet.from_pretrained(tmp_path)
 
 
 def test_the_model_card(tmp_path):

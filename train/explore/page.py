@@ -114,8 +114,8 @@ def build_page(explorer: Explorer, title: str, examples: Sequence[tuple[Tensor, 
 
     def loaded(image: Image.Image | None, inverted: bool) -> list[Any]:
         if image is not None and inverted:
-            _, *size = network.config.image_shape
-            image = Image.fromarray(255 - fit(image, tuple(size), channels=1)[0])
+            _, height, width = network.config.image_shape
+            image = Image.fromarray(255 - fit(image, (height, width), channels=1)[0])
         return show(image)
 
     def picked() -> list[Any]:
