@@ -105,8 +105,7 @@ def verify(
         if family not in FAMILIES:
             raise ValueError(f"families must be of {', '.join(FAMILIES)}; got {family!r}")
     with _verifying:
-        if again:
-            _trusted.clear()
+        _trusted.clear()
         return [_settle(family, device, again) for family in families]
 
 
@@ -161,7 +160,7 @@ def _settle(family: str, device: torch.device, again: bool) -> Verdict:
                     verdict = apart(lambda: compare(family, device))
                     if not verdict.unfinished:
                         verdicts.write(verdict)
-        if verdict.unfinished:
+        if verdict.unfinished and verdict.passed:
             _log.warning(UNFINISHED, family, place["GPU"], verdict.unfinished)
             return verdict
         _known[family, device] = verdict

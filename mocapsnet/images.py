@@ -67,15 +67,16 @@ def fit(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
+    is_file = image.format is not None
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # convert() would cut off what is above 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its pixels are outside 0..65535: save it with 8 or 16 bits a pixel")
-        if 0 < values.max() <= 255:
+        if not is_file and 0 < values.max() <= 255:
             raise ValueError(
                 "its integers are all within 0..255, which is next to black with 16 bits a pixel: "
-                "save it with 8, or give an array of uint8"
+                "give an array of uint8, or an image of 8 bits"
             )
         image = Image.fromarray((values // 257).astype(np.uint8))
     elif image.mode == "F":

@@ -76,15 +76,16 @@ class Predictor(nn.Module):
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         weight = next(self.parameters())
         pixels = image_reading.read(images, self.config.image_shape, weight.device)
-        training = [module for module in self.modules() if module.training]
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             outputs = [
                 self(self.preprocessing(part).to(weight.dtype)) for part in pixels.split(batch_size)
             ]
         finally:
-            for module in training:
-                module.training = True
+            self.train(modes[self])
+            for module, training in modes.items():  # parts may have had another
+                module.training = training
         lengths, capsules, drawn = zip(*outputs, strict=True)
         all_lengths, all_capsules = torch.cat(lengths), torch.cat(capsules)
         reconstruction = None if drawn[0] is None else torch.cat(drawn)

@@ -57,6 +57,11 @@ class Pretrained(Predictor):
         """
         from safetensors.torch import save
 
+        kind = type(self.preprocessing)
+        if kind is not Preprocessing:
+            raise ValueError(
+                f"preprocessing is a {kind.__name__}, which no file describes: a Preprocessing does"
+            )
         refuse_what_config_does_not_say(self)  # type: ignore[arg-type]
         config = json.dumps(_config(self), indent=2, default=_number)
         weights = {n: w.detach().cpu().contiguous() for n, w in self.state_dict().items()}
@@ -146,6 +151,8 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") 
 
 def _within_run(folder: Path) -> Path:
     """Where the network of a run lies; another folder is the network's own."""
+    if (folder / WEIGHTS).is_file():
+        return folder
     if (folder / "model").is_dir():
         return folder / "model"
     if (folder / "checkpoints").is_dir():
@@ -166,16 +173,11 @@ OPTIONS = (
 def refuse_what_config_does_not_say(model: CapsNet) -> None:
     """Raises: ValueError if a network built from `model.config` would not be like the model."""
     advice = "; build the network with the options that it is to have"
-    kind = type(model.preprocessing)
-    if kind is not Preprocessing:
-        raise ValueError(
-            f"preprocessing is a {kind.__name__}, which no file describes: a Preprocessing does"
-        )
     options: Any = vars(model.config)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             built = type(model)(**options)
-        except TypeError:  # a class derived from one of ours, with other arguments
+        except Exception:  # a class derived from one of ours, with arguments or doings of its own
             built = _saved_as(model)(**options)
     have, need = ({n: list(w.shape) for n, w in m.state_dict().items()} for m in (model, built))
     if have != need:

@@ -170,11 +170,13 @@ def load_published(
 
 def _state(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, Mapping):
-        return {name: tensor.clone() for name, tensor in checkpoint.items()}
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file, or one that holds more than tensors
-        raise ValueError(f"{os.fspath(checkpoint)} cannot be read: {error}") from error
+        state, name = checkpoint, "checkpoint"
+    else:
+        name = os.fspath(checkpoint)
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file, or one that holds more than tensors
+            raise ValueError(f"{name} cannot be read: {error}") from error
     if not isinstance(state, Mapping) or not all(isinstance(w, Tensor) for w in state.values()):
-        raise ValueError(f"{os.fspath(checkpoint)} holds no state dict")
-    return state
+        raise ValueError(f"{name} holds no state dict, which has tensors by their names")
+    return {key: weight.clone() for key, weight in state.items()}

@@ -145,23 +145,24 @@ def _why_early(best: Best | None, done: int, options: TrainOptions) -> str:
 def _check_fit(options: TrainOptions, train_set: ImageSet, accelerator: Accelerator) -> None:
     parts = accelerator.num_processes * options.optim.gradient_accumulation
     images = -(-min(options.optim.batch_size, len(train_set)) // parts)
-    _check_shares(options, len(train_set), parts)
+    _check_shares(options, train_set, parts)
     config = network_config(options, train_set)
     memory.check_fit(config, options.optim, images, accelerator.device)
 
 
-def _check_shares(options: TrainOptions, count: int, parts: int) -> None:
-    """Refuse shares of a batch that a network cannot normalise over."""
-    if options.model.name != RESNET:
+def _check_shares(options: TrainOptions, train_set: ImageSet, parts: int) -> None:
+    """Refuse shares of a batch that a network cannot normalise over: where one place is left of an
+    image, as of one of 32 pixels, these are the images alone."""
+    if options.model.name != RESNET or max(train_set.image_shape[1:]) > 32:
         return
-    batch_size = options.optim.batch_size
+    count, batch_size = len(train_set), options.optim.batch_size
     for images in {min(batch_size, count), count % batch_size or batch_size}:
         if images // parts < 2:
             split = f", split {parts} ways" if parts > 1 else ""
             raise InputError(
-                f"{RESNET} normalises over the images that it sees together and needs two of them; "
-                f"of {count:,} training images a batch has {images}{split}; choose another "
-                "--batch-size, --limit or --gradient-accumulation"
+                f"{RESNET} normalises over the images that it sees together, and of images no "
+                f"larger than 32 pixels needs two; of {count:,} training images a batch has "
+                f"{images}{split}; choose another --batch-size, --limit or --gradient-accumulation"
             )
 
 

@@ -305,6 +305,11 @@ def from_json(saved: Any, complete: bool = True) -> TrainOptions:
     Raises: InputError naming the first option that is unknown, missing, or of another type, or
         that `resolve` refuses.
     """
+    return resolve(_read(saved, complete))
+
+
+def _read(saved: Any, complete: bool) -> TrainOptions:
+    """`from_json`, not resolved."""
     if not isinstance(saved, dict):
         raise InputError(f"options must be an object, not {saved!r}")
     groups = {name: _group(name, kind, saved, complete) for name, kind in _GROUPS.items()}
@@ -314,7 +319,7 @@ def from_json(saved: Any, complete: bool = True) -> TrainOptions:
         if name not in {*groups, "recipe", "out", "resume", "bundles"}:
             raise InputError(f"unknown options {name}")
     bundles = of_kind("bundles", saved.get("bundles", False), bool)
-    return resolve(TrainOptions(**groups, recipe=recipe, out=out, bundles=bundles))
+    return TrainOptions(**groups, recipe=recipe, out=out, bundles=bundles)
 
 
 @functools.cache
@@ -343,12 +348,12 @@ def from_names(values: dict[str, Any]) -> TrainOptions:
             group, _, own = known[name][0].partition(".")
             holder, key = (groups[group], own) if own else (others, group)
             holder[key] = list(value) if isinstance(value, tuple) else value
-        return from_json(groups | others, complete=False)
+        return _read(groups | others, complete=False)
 
     options = filled({})
-    if recipe is None:
-        return options
-    return filled(json.loads(json.dumps(dataclasses.asdict(recipes.defaults(options)))))
+    if recipe is not None:
+        options = filled(json.loads(json.dumps(dataclasses.asdict(recipes.defaults(options)))))
+    return resolve(options)
 
 
 def _group(group: str, kind: type, saved: dict[str, Any], complete: bool) -> Any:

@@ -221,6 +221,36 @@ def test_too_little_memory_is_no_verdict(compared, s, monkeypatch, caplog):
     assert not verdict.unfinished and len(files()) == 1
 
 
+def test_wrong_kernels_are_not_relied_on_though_memory_gave_out(s, monkeypatch):
+    forward, shapes = squash_kernels.forward, set()
+
+    def wrong_then_full(s):
+        shapes.add(s.shape)
+        if len(shapes) > 1:  # in the second case
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2 * forward(s)
+
+    monkeypatch.setattr(squash_kernels, "forward", wrong_then_full)
+    with pytest.warns(RuntimeWarning, match="do not agree"):
+        assert not verification.trusted("squash", s.device)
+    assert not verification._by_verdicts("squash", s.device.type, s.device.index)
+
+
+def test_kernels_found_wrong_when_there_is_memory_are_no_longer_relied_on(s, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(squash_kernels, "forward", full)
+        assert verification.trusted("squash", s.device)
+    forward = squash_kernels.forward
+    monkeypatch.setattr(squash_kernels, "forward", lambda *args: 2 * forward(*args))
+    with pytest.warns(RuntimeWarning, match="do not agree"):
+        verify(s.device, ["squash"])
+    assert not verification.trusted("squash", s.device)
+    torch.testing.assert_close(squash(s), reference.squash(s))
+
+
 ONE_OF_TWO = """
 import sys, time
 import torch

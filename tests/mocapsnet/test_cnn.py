@@ -127,6 +127,23 @@ def test_prediction_leaves_the_mode_of_every_module():
     assert [m.training for m in model.modules()] == modes and len(frozen) == 20
 
 
+class Merging(torch.nn.BatchNorm2d):
+    """Does something when its mode changes, as adapters do that merge their weights."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_prediction_goes_back_to_training_as_modules_do():
+    model = ResNet18((1, 8, 8), 3).train()
+    model.added = Merging(1)
+    model.predict(torch.rand(2, 1, 8, 8))
+    assert model.added.training and not model.added.merged
+
+
 def test_resnet18_saved_loaded_and_exported(tmp_path):
     model = ResNet18((3, 20, 20), 4).eval()
     model.save_pretrained(tmp_path / "model")

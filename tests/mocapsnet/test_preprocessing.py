@@ -147,6 +147,16 @@ def test_a_truncated_file_is_named(tmp_path: Path):
         read([colour(), Image.open(path)], COLOUR, CPU)  # which is decoded when it is needed
 
 
+def test_a_dark_file_of_sixteen_bits_is_dark(tmp_path: Path):
+    """Integers in memory that are as small are refused, as they were meant otherwise."""
+    values = np.arange(30, dtype=np.uint16).reshape(6, 5) * 8
+    Image.fromarray(values).save(tmp_path / "dark.png")
+    assert read(tmp_path / "dark.png", GREY, CPU).max() == 0
+    assert read(Image.open(tmp_path / "dark.png"), GREY, CPU).max() == 0
+    with pytest.raises(ValueError, match=r"all within 0..255"):
+        read(Image.fromarray(values), GREY, CPU)
+
+
 def test_four_channels_are_those_of_an_image_that_has_them():
     four = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
     assert torch.equal(read(Image.fromarray(four), (4, 6, 5), CPU), read(four, (4, 6, 5), CPU))

@@ -13,7 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mocapsnet
-from mocapsnet import CapsNet, MoCapsNet, ModelCard, Preprocessing, ResCapsNet, load
+from mocapsnet import (
+    CapsNet,
+    MoCapsNet,
+    ModelCard,
+    Preprocessing,
+    ResCapsNet,
+    load,
+    onnx_export,
+)
 from mocapsnet.preprocessing import normalise
 
 SHAPE = (1, 12, 10)
@@ -235,6 +243,17 @@ def test_what_no_file_would_describe_is_not_written(said, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_preprocessing_of_one_s_own_is_exported():
+    """As it is in the graph."""
+    model = network().eval()
+    model.preprocessing = Inverted()
+    graph = onnx_export._Graph(onnx_export._plain(model))
+    torch.testing.assert_close(graph(pixels())[0], model.predict(pixels()).lengths)
+    model.stack.gamma = 0.1
+    with pytest.raises(ValueError, match="stack.gamma is 0.1, and 0.9 by its config"):
+        onnx_export._plain(model)
+
+
 def test_a_folder_is_whole_whatever_is_asked_to_be_written(tmp_path):
     folder = network().save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -257,6 +276,12 @@ def test_a_derived_network_with_arguments_of_its_own_is_saved_as_ours(tmp_path):
         def __init__(self):
             super().__init__(SHAPE, 3, **SMALL)
 
+    class Counting(MoCapsNet):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.spread = float(self.last.weight.detach().std())  # of numbers that are not there on "meta"
+
+    assert load(network(Counting).save_pretrained(tmp_path)).config == network().config
     model = Mine()
     found = load(model.save_pretrained(tmp_path))
     assert type(found) is MoCapsNet
@@ -266,6 +291,14 @@ def test_a_derived_network_with_arguments_of_its_own_is_saved_as_ours(tmp_path):
 def test_the_machine_s_backend_is_not_saved(tmp_path):
     model = network(routing_backend="reference")
     assert load(model.save_pretrained(tmp_path)).config.routing_backend is None
+
+
+def test_a_folder_that_holds_a_network_may_hold_other_folders(tmp_path):
+    network().save_pretrained(tmp_path)
+    for name in ("checkpoints", "model"):
+        (tmp_path / name).mkdir()
+    assert CapsNet.from_pretrained(tmp_path).class_names == ("ant", "bee", "cat")
+    assert load(tmp_path).class_names == ("ant", "bee", "cat")
 
 
 def test_a_run_s_network_is_found(tmp_path):

@@ -223,5 +223,8 @@ def test_what_is_no_such_checkpoint_is_refused(tmp_path):
     torch.save([torch.ones(1)], path)
     with pytest.raises(ValueError, match="model.pth.tar holds no state dict"):
         load_published(path)
+    for wrapped in ({"state_dict": state}, {"epoch": 3, **state}):
+        with pytest.raises(ValueError, match="checkpoint holds no state dict"):
+            load_published(wrapped)
     with pytest.raises(ValueError, match="none.pth.tar cannot be read"):
         load_published(tmp_path / "none.pth.tar")

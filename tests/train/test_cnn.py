@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 
 import mocapsnet
-from mocapsnet.train import recipes
+from mocapsnet.train import loop, recipes
+from mocapsnet.train.data import ImageSet
+from mocapsnet.train.errors import InputError
 from mocapsnet.train.option_values import resolve
 from mocapsnet.train.options import ModelOptions, TrainOptions
 
@@ -92,6 +95,11 @@ def test_a_resnet_needs_two_images_at_a_time(command: Command) -> None:
         code, _, errors = command(*words, *sizes.split())
         assert code == 2 and said in errors and errors.count("\n") == 1
     assert not Path("run").exists()
+    options = resolve(TrainOptions(model=ModelOptions(name="resnet18")))
+    for side, refused in ((32, True), (33, False)):  # of which four places are left
+        images = ImageSet(torch.zeros(65, 1, side, side, dtype=torch.uint8), torch.zeros(65).long())
+        with pytest.raises(InputError) if refused else contextlib.nullcontext():
+            loop._check_shares(options, images, 1)
 
 
 def test_processes_test_one_resnet() -> None:

@@ -25,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mocapsnet import cli
 from mocapsnet.cli import main
 from mocapsnet.train.errors import Interrupted
 from mocapsnet.train.experiments import (
@@ -41,7 +42,7 @@ from mocapsnet.train.experiments.record import Record
 from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.states import State
 from mocapsnet.train.metrics import read_rows
-from mocapsnet.train.option_values import to_json
+from mocapsnet.train.option_values import flat, from_names, kinds, to_json
 
 from .helpers import TINY, assert_same_run
 
@@ -325,6 +326,25 @@ def test_a_grid_of_other_options_is_another_experiment(
     own(before)
     code, _, errors = command(*words)
     assert code == 2 and "was begun to compare dataset, model, blocks, lr, seed, and now" in errors
+
+
+def test_an_option_for_all_runs_is_given_to_those_that_can_use_it() -> None:
+    for varied, given, used in (
+        ({"memory": ["reversible", "stored"]}, {"anchor_every": 4}, [4, None]),
+        ({"method": ["rba", "sda"]}, {"sda_mean": "batch"}, ["input", "batch"]),
+        ({"crop": ["padded", "resized"]}, {"pad": 3}, [3, 0]),
+    ):
+        content = OWN | {"cases": [], "grid": GRID | varied, "options": OPTIONS | given}
+        (name,) = given
+        found = [flat(run.options) for run in runs_of(parsed(content))]
+        assert [options[kinds()[name][0]] for options in found] == used
+
+
+def test_a_recipe_means_what_it_means_to_a_single_training() -> None:
+    words = "--recipe published --crop resized --dataset digits --seed 0".split()
+    single = cli.parse(["train", *words])
+    several = from_names({"recipe": "published", "crop": "resized", "dataset": "digits", "seed": 0})
+    assert several == single and (single.data.test_crop, single.data.pad) == ("random", 1)
 
 
 def test_more_epochs_make_runs_longer(fake: Configuration, command: Command) -> None:

@@ -150,11 +150,25 @@ def _build(
     values |= {k: v for k, v in given.items() if k not in momentum or moves}
     if keys["dataset"] in folders:
         values |= {"dataset": "folder", "data_dir": folders[keys["dataset"]]}
+    values, scale = _usable(values), _usable(scale)
     run = Run(keys, values, TrainOptions(), TrainOptions())
     try:
         return Run(keys, values, from_names(values), from_names(scale))
     except InputError as error:
         raise InputError(f"{configuration.name}, {run.name}: {error}") from error
+
+
+def _usable(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what is given for all runs and of no use to this one, and refused there."""
+    unused = set()
+    if values.get("memory") == "stored":
+        unused.add("anchor_every")
+    if values.get("method") != "sda":
+        unused.add("sda_mean")
+    cropped = values.get("crop") != "resized" or values.get("test_crop") == "random"
+    if not cropped and values.get("recipe") is None:
+        unused.add("pad")
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 def difference(
