@@ -29,7 +29,7 @@ class MarginLoss(nn.Module):
         reduction: "sum" over the batch, as published, or "mean".
     Shapes: lengths [B, classes], labels [B], class indices of an integer dtype, or shares
         [B, classes] between 0 and 1, of a floating dtype -> scalar.
-    Raises: ValueError if an option is out of range, or labels are neither. On a GPU
+    Raises: ValueError if an option is out of range, lengths no tensor, or labels neither. On a GPU
         an index that is no class's ends the process's work on it, as in PyTorch's own losses.
     Source: Sabour et al. 2017, equation 4.
     """
@@ -63,6 +63,11 @@ class MarginLoss(nn.Module):
 
     def each(self, lengths: Tensor, labels: Tensor) -> Tensor:
         """The loss of every sample [B], whatever the reduction."""
+        if not isinstance(lengths, Tensor):
+            raise ValueError(
+                f"lengths must be a tensor [B, classes], not {type(lengths).__name__}; of what a "
+                "network gives it is output.lengths"
+            )
         lengths = lengths.float() if lengths.itemsize < 4 else lengths
         T = presence(labels, lengths)
         present = (self.upper - lengths).clamp(min=0).square()

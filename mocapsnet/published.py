@@ -176,7 +176,10 @@ def _state(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping
         try:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file, or one that holds more than tensors
-            raise ValueError(f"{name} cannot be read: {error}") from error
+            raise ValueError(
+                f"{name} cannot be read as a file of torch.save that holds tensors alone: give the "
+                "*.pth.tar that the published code wrote"
+            ) from error
     if not isinstance(state, Mapping) or not all(isinstance(w, Tensor) for w in state.values()):
         raise ValueError(f"{name} holds no state dict, which has tensors by their names")
     return {key: weight.clone() for key, weight in state.items()}

@@ -47,6 +47,7 @@ def compare(options: CompareOptions) -> None:
 
         curves = [[(row["epoch"], accuracy(row)) for row in found] for found in rows]
         draw(Path(options.picture), names, starts, curves, lengths, gradients)
+        print(f"drawn in {options.picture}")
 
 
 def short(runs: Sequence[Path]) -> list[str]:

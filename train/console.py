@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import nn
 from tqdm import tqdm
 
+from mocapsnet import CapsNet
 from mocapsnet.train.metrics import Row, judged_by
 from mocapsnet.train.options import TrainOptions
 
@@ -93,7 +93,7 @@ class Progress:
 
 def describe(
     options: TrainOptions,
-    model: nn.Module,
+    model: CapsNet,
     images: dict[str, int],
     accelerator: Accelerator,
     run: Path,
@@ -113,10 +113,12 @@ def describe(
     place = f"after epoch {epochs_done}"
     if steps_done:
         place = f"in epoch {epochs_done + 1}, after {steps_done:,} steps of it"
+    blocks = f"{options.model.blocks} block(s), " if model.has_capsules else ""
     goes_on = epochs_done or steps_done
     print(
-        f"{options.model.name}, {options.model.blocks} block(s), {parameters:,} parameters; "
-        f"{options.data.dataset}, {', '.join(counts[:-1])} and {counts[-1]} images; "
+        f"{options.model.name}, {blocks}{parameters:,} parameters; {options.data.dataset}, "
+        f"{model.config.classes} classes, {', '.join(counts[:-1])} and {counts[-1]} images of "
+        f"{'x'.join(map(str, model.config.image_shape))}; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}\n"
         + (f"continuing {run} {place}" if goes_on else f"writing to {run}")
         + (f"\n{step}{COMPILING}" if accelerator.device.type == "cuda" else ""),

@@ -176,7 +176,8 @@ class ModelOptions:
     decoder: Annotated[
         tuple[int, ...] | None,
         arg(
-            help="Widths of the decoder's hidden layers.",
+            help="Widths of the decoder's hidden layers; with none a linear decoder. Dense "
+            "networks always have one: --reconstruction-weight 0 leaves it untrained.",
             help_behavior_hint="(default: 512 1024, conv-mocapsnet no decoder)",
         ),
     ] = None

@@ -84,7 +84,8 @@ def predict(options: PredictOptions) -> list[Found]:
 
 
 def list_images(paths: tuple[str, ...]) -> list[Path]:
-    """Files as they are given, and of folders all image files in and below them, by name.
+    """Files as they are given, and of folders all image files in and below them, by name, without
+    hidden ones.
 
     Raises: InputError if a folder holds none.
     """
@@ -98,11 +99,20 @@ def list_images(paths: tuple[str, ...]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+        inside = sorted(
+            p
+            for p in path.rglob("*")
+            if p.suffix.lower() in known and p.is_file() and not hidden(p.relative_to(path))
+        )
         if not inside:
             raise InputError(f"{path} holds no image files")
         files += inside
     return files
+
+
+def hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _batch(model: CapsNet, files: list[Path]) -> Iterator[Found]:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,12 +67,13 @@ def make_repeatable(seed: int) -> None:
 
 
 def load_data(
-    options: DataOptions, accelerator: Accelerator, seed: int
+    options: DataOptions, accelerator: Accelerator, seed: int, tested: Sequence[str] = ()
 ) -> tuple[data.ImageSet, data.ImageSet]:
     """Training and test images on the device. One process fetches or decodes for all. Collective.
 
     Args:
         seed: of the run, for `test_crop`.
+        tested: the classes of a run that is to be tested; see `data.load`.
     Raises: InputError, in all processes alike.
     """
     main = accelerator.is_main_process
@@ -81,7 +83,7 @@ def load_data(
     found, problem = None, [""]
     if main:
         try:
-            found = data.load(options)
+            found = data.load(options, tested=tested)
         except Exception as error:
             said = str(error) if isinstance(error, InputError) else what_failed(error)
             if said is None:
@@ -90,7 +92,7 @@ def load_data(
     broadcast_object_list(problem)
     if problem[0]:
         raise InputError(problem[0])
-    train_set, test_set = found or data.load(options, quiet=True)
+    train_set, test_set = found or data.load(options, quiet=True, tested=tested)
     limit, device = options.limit, accelerator.device
     train_set, test_set = train_set.first(limit), test_set.first(limit)
     if options.test_crop == "random":

@@ -22,7 +22,7 @@ from mocapsnet.train.prepare import (
     make_criterion,
     make_repeatable,
 )
-from mocapsnet.train.run_folder import check_test_images, read_config
+from mocapsnet.train.run_folder import check_test_images, classes, read_config
 
 # Classes whose accuracy is printed; of more, the least accurate.
 SHOWN = 20
@@ -55,9 +55,11 @@ def report(command: RunOptions) -> Evaluation:
     )
     accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
     make_repeatable(options.optim.seed)
-    train_set, test_set = load_data(source, accelerator, options.optim.seed)
+    bundled = isinstance(command, VisualizeOptions) and command.bundles
+    known = () if bundled else classes(run)
+    train_set, test_set = load_data(source, accelerator, options.optim.seed, known)
     check_test_images(run, test_set)
-    if options.watch.validation_share is not None:  # those that the run trained with
+    if bundled and options.watch.validation_share is not None:  # those that the run trained with
         share, seed = options.watch.validation_share, options.data.split_seed
         train_set, _ = hold_out(train_set, share, seed)
     if isinstance(command, VisualizeOptions):  # before anything takes long
@@ -77,11 +79,14 @@ def report(command: RunOptions) -> Evaluation:
         options.optim.reconstruction_target,
     )
     if accelerator.is_main_process:
-        parts = f"margin {tested.margin:.4f}, reconstruction {tested.reconstruction:.2f}"
+        parts = f"margin {tested.margin:.4f}"
+        if model.decoder is not None:
+            parts += f", reconstruction {tested.reconstruction:.2f}"
         if not model.has_capsules:
             parts = model.class_loss
+        when = f"after epoch {kept}" if kept else "not trained yet (its first epoch is not done)"
         print(
-            f"{run}, after epoch {kept}{which}: test accuracy {tested.accuracy:.2%} "
+            f"{run}, {when}{which}: test accuracy {tested.accuracy:.2%} "
             f"({tested.correct:,} of {tested.images:,}), loss {tested.loss:.4f} "
             f"({parts})"
         )
@@ -113,7 +118,7 @@ def report(command: RunOptions) -> Evaluation:
             assert tested.judged is not None
             for line in inside.write(run, model, test_set, options, chosen, tested.judged):
                 print(line, flush=True)
-            if command.bundles and model.has_capsules:
+            if bundled and model.has_capsules:
                 measured = bundles.history(run, model, train_set, options.optim, last)
                 for line in inside.write_bundles(run, model, measured):
                     print(line)
@@ -131,5 +136,5 @@ def worst_images(images: ImageSet, judged: Judged) -> list[str]:
     for i in worst(judged, 3):
         label, guess = judged.labels[i], judged.guesses[i]
         taken = "seen as such" if label == guess else f"taken for {name(guess)}"
-        described.append(f"image {i}, {name(label)} {taken} ({judged.margins[i]:.3f})")
+        described.append(f"{images.title(i)}, {name(label)} {taken} ({judged.margins[i]:.3f})")
     return described

@@ -21,7 +21,7 @@ from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import EvaluateOptions, MachineOptions, RunOptions, TrainOptions
 from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
 from mocapsnet.train.reports import kept_checkpoint, report
-from mocapsnet.train.run_folder import check_test_images
+from mocapsnet.train.run_folder import check_test_images, classes
 
 COLUMNS = {"accuracy": "as they are", "moved": "moved", "overlap": "two overlapping"}
 
@@ -101,7 +101,7 @@ def _test_set(command: EvaluateOptions, runs: list[Run], accelerator: Accelerato
         if options.data.test_crop == "random":
             key = (key, options.optim.seed)
         if key not in known:
-            known[key] = load_data(source, accelerator, options.optim.seed)[1]
+            known[key] = load_data(source, accelerator, options.optim.seed, classes(run))[1]
         check_test_images(run, known[key])
         first = next(iter(known.values()))
         if not torch.equal(known[key].images, first.images):

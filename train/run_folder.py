@@ -165,6 +165,10 @@ def read_config(run: Path) -> TrainOptions:
     config = _read(path)
     check_format(config, path)
     options, written = config.get("options"), config.get("format", 0)
+    if options is None and "network" in config:
+        above = run.resolve().parent
+        where = f": {above}" if (above / CONFIG).is_file() else ""
+        raise InputError(f"{run} holds a network alone; give the run's folder{where}")
     try:
         return from_json(_as_it_was(options, written), complete=written == FORMAT)
     except InputError as error:
@@ -202,6 +206,12 @@ def check_images(run: Path, images: data.ImageSet, test_images: data.ImageSet) -
             )
 
 
+def classes(run: Path) -> list[str]:
+    """Of the images that a run was begun with; empty if it does not say."""
+    found = _read(run / CONFIG).get("classes", [])
+    return list(map(str, found)) if isinstance(found, list) else []
+
+
 def check_test_images(run: Path, images: data.ImageSet) -> None:
     """Raises: InputError if a run cannot be tested with these images: it knows other classes, or
     it may have been trained on some of them."""
@@ -210,8 +220,7 @@ def check_test_images(run: Path, images: data.ImageSet) -> None:
         raise InputError(
             f"the folder does not hold the image files that {run} was trained and tested with, so "
             "others would be held out for testing, and some of them it may have been trained on; "
-            "restore those files, or test with images of their own: --data-dir DIR with DIR/train "
-            "and DIR/test"
+            "restore those files, or test with others: --data-dir DIR, with these in DIR/test/CLASS"
         )
 
 

@@ -68,6 +68,12 @@ def test_labels_that_are_no_class_indices_are_refused(labels, message):
         model(torch.randn(4, 1, 12, 10), labels)
 
 
+def test_the_margin_loss_says_that_it_takes_lengths():
+    out = CapsNetOutput(torch.rand(2, 3), torch.rand(2, 3, 4), None)
+    with pytest.raises(ValueError, match="not CapsNetOutput; of what a network gives it is output"):
+        MarginLoss()(out, torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_labels_of_any_integer_dtype_serve(dtype):
     out = output()

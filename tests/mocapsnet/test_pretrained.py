@@ -279,7 +279,9 @@ def test_a_derived_network_with_arguments_of_its_own_is_saved_as_ours(tmp_path):
     class Counting(MoCapsNet):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
-            self.spread = float(self.last.weight.detach().std())  # of numbers that are not there on "meta"
+            self.spread = float(
+                self.last.weight.detach().std()
+            )  # of numbers that are not there on "meta"
 
     assert load(network(Counting).save_pretrained(tmp_path)).config == network().config
     model = Mine()

@@ -344,6 +344,61 @@ def test_a_run_knows_the_files_of_its_images(command: Command) -> None:
     assert code == 2 and "the test images are other files than those other began" in errors
 
 
+def test_hidden_folders_and_files_are_left_out(tmp_path: Path) -> None:
+    """As notebooks, version control and other systems leave them."""
+    for split in ("", "test"):
+        root = tmp_path / "one" if not split else tmp_path / "two" / split
+        write_folder(root)
+        write(root / ".ipynb_checkpoints" / "0.png", pixels(6, 5))
+        (root / ".git").mkdir()
+        (root / "ant" / "._0.png").write_bytes(b"no image")
+    write_folder(tmp_path / "two" / "train")
+    for name, counts in (("one", 12), ("two", 24)):
+        train, test = folder.load(str(tmp_path / name))
+        assert train.classes == CLASSES and len(train) + len(test) == counts
+    (tmp_path / "three" / ".hidden").mkdir(parents=True)
+    with pytest.raises(InputError, match="Couldn't find any class folder"):
+        folder.load(str(tmp_path / "three"))
+
+
+def test_images_have_the_names_of_their_files(tmp_path: Path) -> None:
+    written = write_folder(tmp_path, 6)
+    (tmp_path / "bee" / "2.png").write_bytes(b"")
+    for images in folder.load(str(tmp_path), broken="skip", quiet=True):
+        for some in (images, images.take(torch.tensor([2, 0])), images.first(3)):
+            assert len(some.names) == len(some)
+            for n, name in enumerate(some.names):
+                folder_name, file = name.split("/")
+                assert folder_name == some.name(int(some.labels[n]))
+                assert np.array_equal(written[folder_name][file], some.images[n, 0].numpy())
+    assert images.title(1) == f"image 1 ({images.names[1]})"
+
+
+def test_new_images_with_known_classes_test_a_run(tmp_path: Path, command: Command) -> None:
+    """From a test folder alone, in which classes may be missing."""
+    for place in ("photos", "split/train", "split/test", "new/test", "other/test"):
+        write_folder(Path(place), 10, (8, 8))
+    for name in ("photos", "split"):
+        code, _, errors = command(
+            "train", "--dataset", "folder", "--data-dir", name, *TINY, *CPU, "--out", f"run-{name}"
+        )
+        assert code == 0, errors
+    shutil.rmtree("new/test/ant")
+    rename("test/ant", "test/dog")(Path("other"))
+    for run in ("run-photos", "run-split"):
+        code, output, errors = command("evaluate", run, *CPU, "--data-dir", "new")
+        assert code == 0 and "of 20)" in output and "ant" not in output.splitlines()[2], errors
+        assert "(test/bee/" in output or "(test/cat/" in output
+        code, output, errors = command("evaluate", run, "--shift", "1", *CPU, "--data-dir", "new")
+        assert code == 0 and "20 test images" in output, errors
+        code, _, errors = command("evaluate", run, *CPU, "--data-dir", "other")
+        assert code == 2 and "other/test has classes that the run has not: dog" in errors
+    code, _, errors = command(
+        "train", "--resume", "run-split", "--epochs", "2", "--data-dir", "new"
+    )
+    assert code == 2 and "new/train is not" in errors
+
+
 def test_a_class_may_be_missing_from_the_test_folder(tmp_path: Path) -> None:
     with_folders(tmp_path)
     rename("test/bee", "elsewhere")(tmp_path)
@@ -362,7 +417,7 @@ def test_train_resume_evaluate_visualize(command: Command, tmp_path: Path) -> No
     source = "--dataset folder --data-dir images --device cpu".split()
     code, output, errors = command("train", *source, *sizes, "--epochs", "1", "--out", "run")
     assert code == 0, errors
-    assert "folder, 48 training and 24 test images" in output
+    assert "folder, 3 classes, 48 training and 24 test images of 1x12x12;" in output
     code, output, errors = command("train", "--resume", "run", "--epochs", "6")
     assert code == 0, errors
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]

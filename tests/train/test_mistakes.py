@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -87,6 +89,14 @@ def test_the_picture_names_classes_and_lengths() -> None:
         ("ant (0.50)\npredicted cat (0.70)", "tab:red"),
         ("ant (0.30)", "black"),
     ]
+    files = replace(image_set(5), names=tuple(f"bee/{n}.png" for n in range(5)))
+    (_, (first, red), _, (last, black)) = captions(
+        plots.worst_images(network(), files, JUDGED, count=4)
+    )
+    assert first.count("\n") == 2 and first.endswith(
+        ".png\ncat (0.20)\npredicted honey b…e south (0.80)"
+    )
+    assert last.endswith(".png\nant (0.30)") and (red, black) == ("tab:red", "black")
     title = figure.axes[0].get_title()
     assert title.startswith("Of 5 test images the 4 with the largest margin loss (3 mistakes)")
 

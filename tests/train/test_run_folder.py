@@ -250,6 +250,20 @@ def test_two_processes_may_write_one_file() -> None:
     assert [path.name for path in Path().glob("file*")] == ["file"]
 
 
+def test_what_is_not_trained_yet_is_said_to_be(folder_of_a_run: Path, command: Command) -> None:
+    code, output, errors = command("evaluate", "run", "--device", "cpu")
+    assert code == 0, errors
+    assert "run, not trained yet (its first epoch is not done): test accuracy" in output
+
+
+def test_a_network_s_folder_is_no_run(train: Train, command: Command) -> None:
+    run = train("run", "--epochs", "1")
+    for words in ("evaluate", "visualize", "train --resume"):
+        code, _, errors = command(*words.split(), "run/model")
+        assert code == 2
+        assert f"run/model holds a network alone; give the run's folder: {run.resolve()}" in errors
+
+
 @pytest.mark.skipif(os.name == "nt", reason="file modes are POSIX's")
 @pytest.mark.usefixtures("pictures")
 def test_all_files_have_the_mode_that_the_umask_gives(command: Command) -> None:

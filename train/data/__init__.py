@@ -13,6 +13,8 @@ Pixels and their normalisation are those of prediction, `mocapsnet.preprocessing
 Readers return whole data sets; nothing in a training step touches an image one at a time in Python.
 """
 
+from collections.abc import Sequence
+
 from mocapsnet.preprocessing import normalise, to_pixels
 from mocapsnet.train.data import builtin, folder
 from mocapsnet.train.data.augment import Views, epoch_views, mixed, view
@@ -41,11 +43,14 @@ __all__ = [
 ]
 
 
-def load(options: DataOptions, quiet: bool = False) -> tuple[ImageSet, ImageSet]:
+def load(
+    options: DataOptions, quiet: bool = False, tested: Sequence[str] = ()
+) -> tuple[ImageSet, ImageSet]:
     """Read the training and the test images of a data set onto the CPU, and check them.
 
     Args:
         quiet: print nothing.
+        tested: the classes of a run that is to be tested; see `folder.load`.
     Raises: InputError if files are missing or cannot be right.
     """
     if options.dataset == "folder":
@@ -56,5 +61,6 @@ def load(options: DataOptions, quiet: bool = False) -> tuple[ImageSet, ImageSet]
             split_seed=options.split_seed,
             broken=options.broken_images,
             quiet=quiet,
+            tested=tested,
         )
     return builtin.load(options.dataset, options.data_dir, options.download)

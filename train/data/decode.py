@@ -52,6 +52,12 @@ def decode(
         width, height = sizes.pop()
     else:
         width, height = DEFAULT_SIZE, DEFAULT_SIZE
+        if not quiet:
+            print(
+                f"the images are of {len(sizes):,} sizes, and become {width}x{height}; "
+                "--image-size sets another",
+                flush=True,
+            )
     channels = 1 if all(grey for _, grey in good) else 3
 
     def pixels(path: str) -> np.ndarray:

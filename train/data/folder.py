@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,12 @@ def load(
     split_seed: int = 0,
     broken: str = "refuse",
     quiet: bool = False,
+    tested: Sequence[str] = (),
 ) -> tuple[ImageSet, ImageSet]:
     """Read a folder's training and test images onto the CPU.
 
-    Classes are the folders' names in alphabetical order. The images come in an order drawn once
+    Classes are the folders' names in alphabetical order. Folders and files whose names begin with a
+    dot are left out. The images come in an order drawn once
     and for all, so that the first ones are of all classes. They are greyscale if all are, else
     colour; transparency is left out, and rotations that cameras note are done.
 
@@ -53,11 +56,13 @@ def load(
         split_seed: which images those are.
         broken: "refuse" images that cannot be decoded, or "skip" them with a warning.
         quiet: print nothing.
+        tested: the classes of a run that is to be tested, for which a test folder alone will do;
+            its images stand for those of training, too.
     Raises: InputError if there are no such folders, or images, or broken ones to refuse.
     """
     root = Path(data_dir)
-    classes, splits = _list(root)
-    if test_share is not None and len(splits) > 1:
+    classes, splits = _list(root, tested)
+    if test_share is not None and "all" not in splits and not tested:
         raise InputError(
             f"--test-share {test_share}: {root} has a test folder of its own, so nothing is split"
         )
@@ -66,27 +71,29 @@ def load(
     _judge(root, faults, len(samples), broken, quiet)
 
     labels = np.array([label for _, label in samples])
-    if len(splits) > 1:
-        boundary = len(splits["train"])
+    drawn = "all" in splits
+    if drawn:
+        parts = _split(kept.numpy(), labels, classes, test_share or 0.2, split_seed, root)
+        sources = [root, root]
+    else:
+        boundary = len(splits.get("train", ()))
         numbers = np.arange(len(samples))
         parts = [part[np.isin(part, kept)] for part in (numbers[:boundary], numbers[boundary:])]
         parts = [np.random.default_rng(0).permutation(part) for part in parts]
-        sources = [root / split for split in splits]
-    else:
-        parts = _split(kept.numpy(), labels, classes, test_share or 0.2, split_seed, root)
-        sources = [root, root]
-    for label, name in enumerate(classes):
+        sources = [root / "train", root / "test"]
+        if "train" not in splits:
+            parts[0], sources[0] = parts[1], sources[1]
+    for label, name in enumerate(classes if drawn or "train" in splits else ()):
         if not (labels[parts[0]] == label).any():
             raise InputError(f"{sources[0]}: no image of class {name} can be read")
     row = np.full(len(samples), -1)  # of each image in `images`
     row[kept.numpy()] = np.arange(len(kept))
-    drawn = len(splits) == 1
+    names = [Path(path).relative_to(root).as_posix() for path, _ in samples]
     train, test = (
         dataclasses.replace(
             image_set(images.numpy()[row[part]], labels[part], classes, (source, source)),
-            files=_digest(
-                root, [samples[i][0] for i in (kept.tolist() if drawn else sorted(part))]
-            ),
+            names=tuple(names[i] for i in part),
+            files=_digest(names[i] for i in (kept.tolist() if drawn else sorted(part))),
             drawn=drawn,
         )
         for part, source in zip(parts, sources, strict=True)
@@ -94,42 +101,46 @@ def load(
     return train, test
 
 
-def _digest(root: Path, paths: list[str]) -> str:
-    """Of the names of image files, wherever their folder is."""
-    names = [Path(path).relative_to(root).as_posix() for path in paths]
+def _digest(names: Iterable[str]) -> str:
     return hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()
 
 
-def _list(root: Path) -> tuple[list[str], dict[str, Samples]]:
-    """The classes, and the images of "train" and "test", or of "all" where that is to be split."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+def _list(root: Path, tested: Sequence[str]) -> tuple[list[str], dict[str, Samples]]:
+    """The classes, and the images of "train" and "test", or of "all" where that is to be split, or
+    of "test" alone where the classes of what is tested are known."""
+    from torchvision.datasets.folder import make_dataset
 
     if not root.is_dir():
         raise InputError(
             f"--data-dir {root} is not a folder; --dataset folder reads images from it"
         )
     train, test = root / "train", root / "test"
-    if train.is_dir() != test.is_dir():
+    alone = bool(tested) and not train.is_dir() and test.is_dir()
+    if train.is_dir() != test.is_dir() and not alone:
         there, missing = (train, test) if train.is_dir() else (test, train)
         raise InputError(
             f"{there} is there, but {missing} is not; to hold out a part of one folder, name it: "
             f"--data-dir {there} --test-share 0.2"
         )
+
+    def images_of(folder: Path, classes: Sequence[str], some: bool = False) -> Samples:
+        numbers = {name: i for i, name in enumerate(classes)}
+        return make_dataset(folder, numbers, is_valid_file=_is_image, allow_empty=some)
+
     try:
-        if not train.is_dir():
-            whole = ImageFolder(root)
-            classes, splits = whole.classes, {"all": whole.samples}
+        if not (train.is_dir() or alone):
+            classes = _classes(root)
+            splits = {"all": images_of(root, classes)}
         else:
-            found = ImageFolder(train)
-            classes, indices = found.classes, found.class_to_idx
-            unknown = sorted(set(find_classes(test)[0]) - set(classes))
+            source = "the run" if alone else train
+            classes = list(tested) if alone else _classes(train)
+            unknown = sorted(set(_classes(test)) - set(classes))
             if unknown:
                 raise InputError(
-                    f"{test} has classes that {train} has not: {', '.join(unknown[:NAMED])}"
+                    f"{test} has classes that {source} has not: {', '.join(unknown[:NAMED])}"
                 )
-            tested = make_dataset(test, indices, IMG_EXTENSIONS, allow_empty=True)
-            splits = {"train": found.samples, "test": tested}
+            splits = {} if alone else {"train": images_of(train, classes)}
+            splits["test"] = images_of(test, classes, some=True)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{error} Needed: {root}/train/CLASS/*.png and {root}/test/CLASS/*.png, or "
@@ -138,6 +149,23 @@ def _list(root: Path) -> tuple[list[str], dict[str, Samples]]:
     if len(classes) < 2:
         raise InputError(f"{root} has one class only, {classes[0]}; there is nothing to tell apart")
     return classes, splits
+
+
+def _classes(folder: Path) -> list[str]:
+    """Names of the folders in it, without hidden ones. Raises: FileNotFoundError if it has none."""
+    from torchvision.datasets.folder import find_classes
+
+    found = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+    if not found:
+        raise FileNotFoundError(f"Couldn't find any class folder in {folder}.")
+    return found
+
+
+def _is_image(path: str) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+
+    hidden = os.path.basename(path).startswith(".")
+    return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
 
 
 def _decoded(

@@ -20,14 +20,15 @@ class ImageSet:
 
     Attributes:
         classes: the names of the classes, the k-th that of label k; empty if they have none.
-        files: a digest of the names of the image files that they were read from, or drawn from;
-            empty for data sets with a name.
+        names: of the image files, below the data set's folder; empty for data sets with a name.
+        files: a digest of the names of all that they were read from, or drawn from; empty likewise.
         drawn: whether they are a share of these files, and others the rest.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     files: str = ""
     drawn: bool = False
 
@@ -44,17 +45,24 @@ class ImageSet:
         """What to call a class in a picture or a report: its name, or its number."""
         return self.classes[label] if self.classes else str(label)
 
+    def title(self, index: int) -> str:
+        """What to call an image in a report: its number, and its file if it is one."""
+        return f"image {index}" + (f" ({self.names[index]})" if self.names else "")
+
     def to(self, device: torch.device) -> ImageSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def take(self, indices: Tensor) -> ImageSet:
         """These images, in this order."""
         indices = indices.to(self.labels.device)
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        names = tuple(self.names[i] for i in indices.tolist()) if self.names else ()
+        chosen = {"images": self.images[indices], "labels": self.labels[indices]}
+        return replace(self, **chosen, names=names)
 
     def first(self, count: int | None) -> ImageSet:
         """The first `count` images, or all of them."""
-        return replace(self, images=self.images[:count], labels=self.labels[:count])
+        chosen = {"images": self.images[:count], "labels": self.labels[:count]}
+        return replace(self, **chosen, names=self.names[:count])
 
 
 def image_set(

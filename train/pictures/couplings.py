@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mocapsnet import CapsNet, CapsNetConfig, CapsuleLayer
+from mocapsnet.train.pictures.sheet import some
 
 COLOURS = "RdBu_r"
 
@@ -117,4 +118,4 @@ def legend(figure: Figure, image: Any, axes: Any) -> None:
 
 def ticks(count: int) -> list[int]:
     """At most nine indices, the first and the last among them."""
-    return sorted({round(i * (count - 1) / 8) for i in range(9)})
+    return some(count, 9)

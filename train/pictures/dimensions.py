@@ -118,7 +118,7 @@ def _panel(
     rows = [row_of(drawn[n], change_scale(drawn)) for n in order]
     top = torch.ones(S + 1, H, W, 3)
     top[S // 2] = rgb(example.pixels)
-    axes.imshow(paste(torch.stack([top, *rows])).numpy(), interpolation="nearest")
+    axes.imshow(paste(torch.stack([top, *rows])).numpy(), interpolation="antialiased")
     x, y = centres(S + 1, W), centres(len(order) + 1, H)
     axes.add_patch(
         Rectangle(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 import torch
 from matplotlib.figure import Figure
 
@@ -27,9 +29,11 @@ def most_confident(judged: Judged, count: int) -> list[int]:
 
 
 def caption(images: data.ImageSet, judged: Judged, index: int) -> str:
-    """ "bee (0.12)" and, if it is taken for another class, below it "predicted cat (0.93)"."""
+    """ "bee (0.12)" and, if it is taken for another class, below it "predicted cat (0.93)"; above
+    both the image's file, if it is one."""
     label, guess = int(judged.labels[index]), int(judged.guesses[index])
-    text = f"{_short(images.name(label))} ({judged.label_lengths[index]:.2f})"
+    text = f"{_short(PurePath(images.names[index]).name)}\n" if images.names else ""
+    text += f"{_short(images.name(label))} ({judged.label_lengths[index]:.2f})"
     if guess != label:
         text += f"\npredicted {_short(images.name(guess))} ({judged.guess_lengths[index]:.2f})"
     return text
@@ -65,6 +69,5 @@ def mistakes_figure(
     pairs = side_by_side(pixels, model(model.preprocessing(pixels)).reconstruction)
     model.train(was_training)
     captions = [caption(images, judged, i) for i in indices]
-    return pairs_figure(
-        pairs, captions, ["\n" in text for text in captions], title, columns, inches=2.1
-    )
+    wrong = (judged.labels != judged.guesses)[indices].tolist()
+    return pairs_figure(pairs, captions, wrong, title, columns, inches=2.1)

@@ -30,13 +30,13 @@ def pairs_figure(
 
     Args:
         pairs: as of `side_by_side`, pixels in [0, 1].
-        captions: of at most two lines, with room for about 16 letters an inch.
+        captions: of at most three lines, with room for about 16 letters an inch.
         inches: width of a pair.
     """
     B, C, H, width = pairs.shape
-    two_lines = any("\n" in caption for caption in captions)
+    lines = 1 + max(caption.count("\n") for caption in captions)
     # One white picture with the pairs pasted in: much faster than axes of their own for each.
-    top, between = max(2, H // (2 if two_lines else 3)), max(2, H // 4)
+    top, between = max(2, H * (lines + 1) // 6), max(2, H // 4)
     rows = -(-B // columns)
     sheet = torch.ones(rows * (H + top), columns * (width + between) - between, C)
     height = inches * (H + top) / (width + between)
