@@ -56,13 +56,13 @@ class ImageSet:
         """These images, in this order."""
         indices = indices.to(self.labels.device)
         names = tuple(self.names[i] for i in indices.tolist()) if self.names else ()
-        chosen = {"images": self.images[indices], "labels": self.labels[indices]}
-        return replace(self, **chosen, names=names)
+        images, labels = self.images[indices], self.labels[indices]
+        return replace(self, images=images, labels=labels, names=names)
 
     def first(self, count: int | None) -> ImageSet:
         """The first `count` images, or all of them."""
-        chosen = {"images": self.images[:count], "labels": self.labels[:count]}
-        return replace(self, **chosen, names=self.names[:count])
+        images, labels = self.images[:count], self.labels[:count]
+        return replace(self, images=images, labels=labels, names=self.names[:count])
 
 
 def image_set(
