@@ -41,7 +41,7 @@ test-executed: $(VENV)/.installed-dev ## execute compiled kernels on the CPU; ne
 test-versions: $(VENV)/.installed-dev ## try other Pythons and the lowest dependencies; 5 GB each
 	$(BIN)/python tests/versions.py $(ARGS)
 
-benchmarks: $(VENV)/.installed-train ## run all benchmarks; nothing else should run meanwhile
+benchmarks: $(VENV)/.installed-train ## run all benchmarks that need no GPU; nothing else should run meanwhile
 	$(BIN)/mocapsnet benchmark suite $(ARGS)
 
 guard: $(VENV)/.installed-train ## check in a minute that the library is still faster than eager code
