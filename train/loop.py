@@ -45,6 +45,7 @@ from mocapsnet.train.prepare import (
     network_config,
     settled,
 )
+from mocapsnet.train.start_from import take_weights
 from mocapsnet.train.trainer import Position, Trainer
 
 CHECKPOINT_EVERY = 600.0
@@ -94,6 +95,10 @@ def train(options: TrainOptions) -> Path:
         _check_fit(options, images.train, accelerator)
         eager = graph.why_eager(options, accelerator, len(images.train))
         model = build(options, images.train)
+        if new and options.start_from is not None:
+            told = take_weights(model, options.start_from)
+            if accelerator.is_main_process:
+                print(told)
         if new:
             held.enter_context(run_folder.claimed(run, accelerator, new=True))
         held.callback(tracking.close, accelerator)

@@ -294,7 +294,10 @@ def check_continuation(saved: TrainOptions, asked: TrainOptions) -> None:
 def to_json(options: TrainOptions) -> dict[str, Any]:
     """Options as JSON, readable from any working directory."""
     data = dataclasses.replace(options.data, data_dir=str(Path(options.data.data_dir).absolute()))
-    return dataclasses.asdict(dataclasses.replace(options, data=data, resume=None))
+    start = options.start_from and str(Path(options.start_from).absolute())
+    return dataclasses.asdict(
+        dataclasses.replace(options, data=data, start_from=start, resume=None)
+    )
 
 
 def from_json(saved: Any, complete: bool = True) -> TrainOptions:
@@ -315,11 +318,12 @@ def _read(saved: Any, complete: bool) -> TrainOptions:
     groups = {name: _group(name, kind, saved, complete) for name, kind in _GROUPS.items()}
     out = of_kind("out", saved.get("out"), str | None)
     recipe = of_kind("recipe", saved.get("recipe"), RecipeName | None)
+    start_from = of_kind("start_from", saved.get("start_from"), str | None)
     for name in saved:
-        if name not in {*groups, "recipe", "out", "resume", "bundles"}:
+        if name not in {*groups, "recipe", "start_from", "out", "resume", "bundles"}:
             raise InputError(f"unknown options {name}")
     bundles = of_kind("bundles", saved.get("bundles", False), bool)
-    return TrainOptions(**groups, recipe=recipe, out=out, bundles=bundles)
+    return TrainOptions(**groups, recipe=recipe, start_from=start_from, out=out, bundles=bundles)
 
 
 @functools.cache

@@ -296,6 +296,10 @@ class TrainOptions:
     recipe: RecipeName | None = None
     """Other defaults: published, those of the published code, where it departs from the paper; an
     option that is given besides wins (None: our defaults)."""
+    start_from: str | None = None
+    """Begin with the weights of a trained network, of a run or a folder that save_pretrained wrote,
+    instead of random ones. It must be the same network, but for its classes and decoder: class
+    capsules and decoders that do not fit are drawn anew."""
     out: str | None = None
     """Run folder, new or empty (None: runs/DATASET-MODEL-TIME)."""
     resume: str | None = None

@@ -1,0 +1,101 @@
+"""`--start-from`: what is taken of a trained network, what is drawn anew, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mocapsnet
+from mocapsnet import CNN, ConvMoCapsNet, MoCapsNet, Preprocessing, ResNet18
+from mocapsnet.train.errors import InputError
+from mocapsnet.train.start_from import take_weights
+
+from .helpers import TINY, assert_same_run, rows
+
+Command = Callable[..., tuple[int, str, str]]
+Train = Callable[..., Path]
+SMALL = dict(channels=8, capsules=4, capsule_dim=4, class_dim=4, kernel_size=3, decoder=(6,))
+
+
+def network(kind: type = MoCapsNet, classes: int = 3, **options: object) -> mocapsnet.CapsNet:
+    torch.manual_seed(classes)
+    model = kind((1, 12, 10), classes, **SMALL | options)
+    model.preprocessing = Preprocessing("fixed", (0.25,), (0.5,))
+    return model
+
+
+def test_a_training_goes_on_with_the_weights_of_another(train: Train, command: Command) -> None:
+    first = train("first", "--epochs", "3")
+    words = ["train", *TINY, "--epochs", "2", "--seed", "1"]
+    code, output, errors = command(*words, "--start-from", "first", "--out", "second")
+    assert code == 0, errors
+    assert "\nstarting with the weights of first\n" in output
+    at_start = json.loads(Path("second/start.json").read_text())
+    fresh = json.loads((first / "start.json").read_text())
+    assert at_start["margin"] < fresh["margin"]  # of another batch
+    config = json.loads(Path("second/config.json").read_text())
+    assert config["options"]["start_from"] == str(Path("first").absolute())
+    # What it began with is in its checkpoints, and needed no more.
+    first.rename("elsewhere")
+    assert command("evaluate", "second", "--device", "cpu")[0] == 0
+    assert command("train", "--resume", "second")[0] == 0
+    # Bit for bit the same, also from the folder of the network alone.
+    code, _, errors = command(*words, "--start-from", "elsewhere/model", "--out", "third")
+    assert code == 0, errors
+    assert_same_run(Path("second"), Path("third"))
+    assert rows(Path("second"))[0]["train_loss"] < rows(Path("elsewhere"))[0]["train_loss"]
+    code, _, errors = command(*words, "--start-from", "nowhere", "--out", "fourth")
+    assert code == 2 and "--start-from nowhere is not a folder" in errors
+    code, _, errors = command(*words, "--channels", "8", "--start-from", "third", "--out", "fifth")
+    assert code == 2 and "does not fit this network: --channels 16 there, 8 here" in errors
+    assert not Path("fourth").exists() and not Path("fifth").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, options, anew",
+    [
+        (MoCapsNet, {}, ["decoder", "last"]),
+        (ConvMoCapsNet, None, ["last"]),
+        (CNN, {}, ["dense"]),
+        (ResNet18, None, ["dense"]),
+    ],
+)
+def test_other_classes(kind: type, options: dict | None, anew: list[str], tmp_path: Path) -> None:
+    def made(classes: int) -> mocapsnet.CapsNet:
+        if options is not None:
+            return network(kind, classes)
+        torch.manual_seed(classes)
+        return kind((1, 24, 24), classes)
+
+    other, model = made(3), made(5)
+    folder = str(other.save_pretrained(tmp_path))
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    told = take_weights(model, folder)
+    assert "classes: 3 there, 5 here" in told and ", but for the " in told
+    theirs = load_file(tmp_path / "model.safetensors")
+    for name, w in model.state_dict().items():
+        source = before if name.partition(".")[0] in anew else theirs
+        assert torch.equal(w, source[name]), name
+    assert any(not torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    folder = str(network(gamma=0.5).save_pretrained(tmp_path / "model"))
+    model = network()
+    assert take_weights(model, folder).endswith("(--gamma 0.5 there, 0.9 here)")
+    for change, said in (
+        (lambda: network(capsules=5), "first.weight does not fit this network: --capsules 4 there"),
+        (lambda: network(blocks=2), "stack.layers.2.weight does not fit"),
+        (lambda: network(mocapsnet.ResCapsNet), "holds a MoCapsNet, not a ResCapsNet"),
+        (lambda: MoCapsNet((1, 12, 10), 3, **SMALL), "its images were normalised otherwise, by"),
+    ):
+        other = change()
+        before = {name: w.clone() for name, w in other.state_dict().items()}
+        with pytest.raises(InputError, match=said):
+            take_weights(other, folder)
+        assert all(torch.equal(w, before[name]) for name, w in other.state_dict().items())
