@@ -44,7 +44,7 @@ def routing(
     votes = torch.bmm(x, w).unflatten(2, (J, D))  # [N, B, J, D]
 
     def squashed(s: Tensor) -> Tensor:
-        return squash(s if offset is None else s + offset)
+        return squash(s if offset is None else s + offset, twice=True)
 
     if iterations == 1:
         v = squashed(votes.sum(0) / J)
@@ -121,10 +121,10 @@ def backward(
     return du, dW, ds.sum(0) if with_bias else ds.new_empty(0)
 
 
-def squash(s: Tensor) -> Tensor:
-    """Equation 2, vectors along the last dimension."""
+def squash(s: Tensor, twice: bool = False) -> Tensor:
+    """Equation 2, vectors along the last dimension; if wanted `twice` differentiable also at 0."""
     n = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-    if not (n.is_meta or n.all()):  # of 0 it has no second derivative
+    if twice and s.device.type == "cpu" and not n.all():  # a GPU would have to wait
         n = length(s)
     return s * (n / (1 + n * n))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mocapsnet import CapsNet
 from mocapsnet.kernels.routing.workspace import _workspaces, workspace
 from mocapsnet.train import console, graph
 from mocapsnet.train.optimizers import FusedAdam
@@ -283,7 +284,8 @@ def test_what_is_said_of_it(
 ) -> None:
     gpu: Any = types.SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     counts = {"training": 2, "test": 1}
-    console.describe(TrainOptions(), nn.Linear(1, 1), counts, gpu, Path("run"), 0, 0, eager)
+    network = CapsNet((1, 8, 8), 10, blocks=0, channels=8, kernel_size=3)
+    console.describe(TrainOptions(), network, counts, gpu, Path("run"), 0, 0, eager)
     assert said in capsys.readouterr().out.splitlines()
 
 
