@@ -298,8 +298,8 @@ class TrainOptions:
     option that is given besides wins (None: our defaults)."""
     start_from: str | None = None
     """Begin with the weights of a trained network, of a run or a folder that save_pretrained wrote,
-    instead of random ones. It must be the same network, but for its classes and decoder: class
-    capsules and decoders that do not fit are drawn anew."""
+    instead of random ones. It must be the same network, but for its classes and decoder: where
+    the classes are others, class capsules and decoder are drawn anew."""
     out: str | None = None
     """Run folder, new or empty (None: runs/DATASET-MODEL-TIME)."""
     resume: str | None = None

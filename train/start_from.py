@@ -10,8 +10,8 @@ from mocapsnet import CapsNet
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.option_values import flag
 
-# Parts that are drawn anew where they do not fit: what belongs to the classes, and the decoder,
-# which is given all of their capsules.
+# Parts that are drawn anew where they do not fit, or the classes are others: what belongs to these,
+# and the decoder, which is given all of their capsules.
 NAMES = {"last": "the class capsules", "decoder": "the decoder", "dense": "the layers behind"}
 
 
@@ -48,6 +48,8 @@ def take_weights(model: CapsNet, folder: str) -> str:
             f"{other.preprocessing}; give the same --normalisation, --pixel-mean and --pixel-std"
         )
     parts = {name.partition(".")[0] for name in unlike}
+    if tuple(model.class_names) != tuple(other.class_names):  # though they may be as many
+        parts |= {part for name in ours if (part := name.partition(".")[0]) in NAMES}
     taken = {n: w for n, w in theirs.items() if n in ours and n.partition(".")[0] not in parts}
     model.load_state_dict(taken, strict=False)
     told = f"starting with the weights of {folder}"

@@ -232,8 +232,8 @@ class Gradients:
     def __init__(self, votes: Votes, W: Tensor | None = None):
         self.votes = votes
         self.u = torch.empty_like(votes.u)
-        self.W = votes.W.new_empty(votes.W.shape) if W is None else W  # contiguous, as votes.W
-        # need not be
+        # Contiguous, which votes.W need not be: products are added to views of it.
+        self.W = votes.W.new_empty(votes.W.shape) if W is None else W
         self.beta = 0  # of what stands there, in the first pass nothing
         self.beta_W = 0 if W is None else 1
 

@@ -84,6 +84,23 @@ def test_other_classes(kind: type, options: dict | None, anew: list[str], tmp_pa
     assert any(not torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
+def test_as_many_classes_of_other_names_are_other_classes(tmp_path: Path) -> None:
+    other, model = network(), network()
+    other.class_names = ("ant", "bee", "cat")
+    folder = str(other.save_pretrained(tmp_path))
+    with torch.no_grad():
+        for w in model.parameters():
+            w.add_(1)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    for names, anew in ((("ant", "cat", "bee"), True), (("ant", "bee", "cat"), False)):
+        model.class_names = names
+        told = take_weights(model, folder)
+        assert ("but for the class capsules and the decoder" in told) == anew
+        for part in ("last.weight", "decoder.layers.0.weight"):
+            assert torch.equal(model.state_dict()[part], before[part]) == anew
+        assert not torch.equal(model.first.weight, before["first.weight"])
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     folder = str(network(gamma=0.5).save_pretrained(tmp_path / "model"))
     model = network()
