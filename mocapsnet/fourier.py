@@ -204,10 +204,10 @@ class Part:
         return (self.matrix(0, self.points, x.dtype) @ flat).view(-1, *some.shape[:2])
 
     def kernel_coefficients(self, w: Tensor) -> Tensor:
-        """Q w [R, channels, O]."""
+        """Q w [R, O, channels]."""
         some = self.of_kernels(w)
-        flat = some.permute(2, 3, 1, 0).reshape(math.prod(self.taps), -1)
-        return (self.matrix(1, self.taps, w.dtype) @ flat).view(-1, *some.shape[1::-1])
+        flat = some.permute(2, 3, 0, 1).reshape(math.prod(self.taps), -1)
+        return (self.matrix(1, self.taps, w.dtype) @ flat).view(-1, *some.shape[:2])
 
     def images(self, coefficients: Tensor) -> Tensor:
         """X' of coefficients [R, B, channels], as [B, channels, *points]."""
@@ -215,9 +215,9 @@ class Part:
         return flat.view(*self.points, *coefficients.shape[1:]).permute(2, 3, 0, 1)
 
     def kernels(self, coefficients: Tensor) -> Tensor:
-        """Q' of coefficients [R, channels, O], as [O, channels, *taps]."""
+        """Q' of coefficients [R, O, channels], as [O, channels, *taps]."""
         flat = self.matrix(1, self.taps, coefficients.dtype).t() @ coefficients.flatten(1)
-        return flat.view(*self.taps, *coefficients.shape[1:]).permute(3, 2, 0, 1)
+        return flat.view(*self.taps, *coefficients.shape[1:]).permute(2, 3, 0, 1)
 
 
 def correlate(x: Tensor, w: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -225,7 +225,9 @@ def correlate(x: Tensor, w: Tensor, stride: tuple[int, ...]) -> Tensor:
     shape = Shape.of(x.shape, w.shape, stride)
     total: Tensor | None = None
     for part in shape.parts(x.element_size()):
-        products = torch.bmm(part.image_coefficients(x), part.kernel_coefficients(w))
+        products = torch.bmm(
+            part.image_coefficients(x), part.kernel_coefficients(w).transpose(1, 2)
+        )
         if total is None:
             total = products.to(torch.promote_types(x.dtype, torch.float32))
         else:
@@ -242,7 +244,7 @@ def correlate_input(g: Tensor, w: Tensor, stride: tuple[int, ...], size: torch.S
     coefficients = shape.gradient_coefficients(g)
     dx = g.new_zeros(shape.B, *size[2:], shape.C).permute(0, 3, 1, 2)
     for part in shape.parts(g.element_size()):
-        products = torch.bmm(coefficients, part.kernel_coefficients(w).transpose(1, 2))
+        products = torch.bmm(coefficients, part.kernel_coefficients(w))
         part.of_images(dx).copy_(part.images(products))
     return dx
 
@@ -251,8 +253,9 @@ def correlate_weight(g: Tensor, x: Tensor, stride: tuple[int, ...], size: torch.
     """The gradient in kernels of this size."""
     shape = Shape.of(x.shape, size, stride)
     coefficients = shape.gradient_coefficients(g)
-    dw = g.new_empty(size)
+    O, C, h, w = size  # noqa: E741
+    dw = g.new_empty(h, w, O, C).permute(2, 3, 0, 1)  # as products have it; transposed once
     for part in shape.parts(g.element_size()):
-        products = torch.bmm(part.image_coefficients(x).transpose(1, 2), coefficients)
+        products = torch.bmm(coefficients.transpose(1, 2), part.image_coefficients(x))
         part.of_kernels(dw).copy_(part.kernels(products))
-    return dw
+    return dw.reshape(O * C, h * w).contiguous().view(size)

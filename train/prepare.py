@@ -25,6 +25,7 @@ from mocapsnet import (
 )
 from mocapsnet.doctor import cpu_has_bfloat16
 from mocapsnet.train import data
+from mocapsnet.train.allocator import keep_freed_memory
 from mocapsnet.train.errors import InputError, what_failed
 from mocapsnet.train.option_values import CONV, DENSE, RESNET, preprocessing
 from mocapsnet.train.options import DataOptions, MachineOptions, TrainOptions
@@ -36,6 +37,8 @@ def make_accelerator(machine: MachineOptions, micro_batches: int = 1) -> Acceler
     if machine.device == "cuda" and not cuda:
         raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     on_cpu = machine.device == "cpu" or not cuda
+    if on_cpu:
+        keep_freed_memory()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=machine.mixed_precision,
