@@ -50,6 +50,6 @@ def what_failed(error: Exception) -> str | None:
         first = (str(error).splitlines() or ["no more could be had"])[0]
         return (
             f"not enough memory: {first}. Fewer images at a time need less (--batch-size, or "
-            "--gradient-accumulation, which changes no result), and so do smaller networks"
+            "--gradient-accumulation for batches of the same size), and so do smaller networks"
         )
     return None

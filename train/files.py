@@ -20,6 +20,11 @@ def write_whole(path: Path, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def is_partial(name: str, of: str) -> bool:
     """Whether a file is what a kill left of a file `of` that was being written."""
     return name.startswith(f"{of}.") and name.endswith(".tmp")

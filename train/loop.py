@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,13 @@ from mocapsnet.train.best import Best, better, gave_up
 from mocapsnet.train.data import ImageSet, hold_out
 from mocapsnet.train.errors import Diverged, Failed, InputError, Interrupted, what_failed
 from mocapsnet.train.evaluation import Evaluation, evaluate
-from mocapsnet.train.metrics import MetricsLog, Row
+from mocapsnet.train.metrics import MetricsLog, Row, read_rows
 from mocapsnet.train.optimizers import build_optimizer, parameter_groups
 from mocapsnet.train.option_values import RESNET
 from mocapsnet.train.options import TrainOptions
 from mocapsnet.train.plots import write_pictures
 from mocapsnet.train.prepare import (
+    agree,
     build,
     load_data,
     make_accelerator,
@@ -45,7 +46,7 @@ from mocapsnet.train.prepare import (
     network_config,
     settled,
 )
-from mocapsnet.train.start_from import take_weights
+from mocapsnet.train.start_from import seen_before, take_weights
 from mocapsnet.train.trainer import Position, Trainer
 
 CHECKPOINT_EVERY = 600.0
@@ -95,10 +96,12 @@ def train(options: TrainOptions) -> Path:
         _check_fit(options, images.train, accelerator)
         eager = graph.why_eager(options, accelerator, len(images.train))
         model = build(options, images.train)
-        if new and options.start_from is not None:
+        if options.start_from is not None and (new or checkpoints.latest(run) is None):
             told = take_weights(model, options.start_from)
             if accelerator.is_main_process:
                 print(told)
+                for warning in seen_before(options, images.train, images.test):
+                    print(f"mocapsnet: warning: {warning}", file=sys.stderr)
         if new:
             held.enter_context(run_folder.claimed(run, accelerator, new=True))
         held.callback(tracking.close, accelerator)
@@ -151,8 +154,19 @@ def _check_fit(options: TrainOptions, train_set: ImageSet, accelerator: Accelera
     parts = accelerator.num_processes * options.optim.gradient_accumulation
     images = -(-min(options.optim.batch_size, len(train_set)) // parts)
     _check_shares(options, train_set, parts)
+    if options.model.sda_mean == "batch" and parts > 1:
+        raise InputError(
+            "--sda-mean batch takes a mean over the images that a network sees together, so that "
+            "parts of a batch, by --gradient-accumulation or several processes, would change the "
+            "result: train without either, or with --sda-mean input"
+        )
     config = network_config(options, train_set)
-    memory.check_fit(config, options.optim, images, accelerator.device)
+    problem = ""
+    try:
+        memory.check_fit(config, options.optim, images, accelerator.device)
+    except InputError as error:  # perhaps of this process's device alone
+        problem = str(error)
+    agree(accelerator, problem)
 
 
 def _check_shares(options: TrainOptions, train_set: ImageSet, parts: int) -> None:
@@ -201,10 +215,12 @@ def _train(
         best = checkpoints.best(checkpoint)
         ends = done >= epochs or gave_up(best, done, watch.patience)
         within = None if ends else checkpoints.within(run, done)
+        kept_before = checkpoints.kept(run, watch.keep)  # or the end would miss it
+        if accelerator.is_main_process and kept_before is not None:
+            _mend_model(run, options, bare_model, *kept_before)
         checkpoints.restore(within or checkpoint, state)
         if within is not None:
             begun = checkpoints.position(within)
-        checkpoints.kept(run, watch.keep)  # or the end would miss it
     else:
         checkpoint, done = checkpoints.folder(run, 0), 0
     accelerator.wait_for_everyone()
@@ -245,9 +261,11 @@ def _train(
 
     def record(row: Row, epochs_done: int) -> None:
         """Keep the state after an epoch, and the network if it is the one to keep."""
+        nonlocal checkpoint
         if options.bundles:
             bundles.record(run, bare_model, images.train, options.optim, epochs_done)
         checkpoints.save(state, run, epochs_done, best, watch.keep)
+        checkpoint = checkpoints.folder(run, epochs_done)
         if best is None or watch.keep == "last" or best.epoch == epochs_done:
             accuracies = (row.get("test_accuracy"), row.get("validation_accuracy"))
             model_folder.write(run, bare_model, options, epochs_done, *accuracies)
@@ -256,6 +274,13 @@ def _train(
     resume = f"mocapsnet train --resume {run}"
     stopper = trainer.stopper
     kept_at = time.monotonic()
+
+    several = accelerator.num_processes > 1
+
+    def together(asked: bool) -> bool:
+        """Whether any process is asked to stop; all are told the same. Collective."""
+        wish = torch.tensor([float(asked)], device=accelerator.device)
+        return bool(accelerator.reduce(wish, "sum").item()) if several else asked
 
     def keep_position() -> None:
         """Keep the state within the epoch, if it is between two steps and finite."""
@@ -275,13 +300,16 @@ def _train(
             try:
                 while done < epochs and not gave_up(best, done, watch.patience):
                     good = f"last good checkpoint: {checkpoint}"
-                    with stopper.held():
+                    with stopper.held(together):
                         row = trainer.epoch(done, good, begun, keep_position_at_times)
                     begun = None
-                    judged = judge(judging, "testing" if split == "test" else "validating")
+                    text = "testing" if split == "test" else "validating"
+                    # One process may stop at once; several must not wait for one that has.
+                    with stopper.held(together) if several else nullcontext():
+                        judged = judge(judging, text)
                     row |= judged.row(split)
                     _check_finite(bare_model, split, judged, row, checkpoint)
-                    with stopper.held():
+                    with stopper.held(together):
                         trainer.position = None
                         if schedules.epoch is not None:
                             with warnings.catch_warnings():
@@ -301,7 +329,6 @@ def _train(
                         done += 1
                         checkpoint = checkpoints.folder(run, done)
                         kept_at = time.monotonic()
-                    accelerator.wait_for_everyone()
             except KeyboardInterrupt:
                 keep_position()
                 raise
@@ -314,6 +341,8 @@ def _train(
         said = what_failed(error)
         if said is None:
             raise
+        with suppress(Exception):  # as where a disk is full
+            keep_position()
         raise Failed(
             f"{said}; stopped in epoch {done + 1}. The last checkpoint, {checkpoint}, is whole; "
             f"continue with: {resume}"
@@ -338,6 +367,19 @@ def _train(
         model_folder.write(run, bare_model, options, kept, tested.accuracy, validated)
         result.write(run, kept, done, early, best, tested, images.test)
         console.list_folder(run)
+
+
+def _mend_model(
+    run: Path, options: TrainOptions, model: CapsNet, checkpoint: Path, epochs_done: int
+) -> None:
+    """Write RUN/model anew if it is not the network of a checkpoint, which `model` becomes: a
+    training may have failed between the two."""
+    if epochs_done == 0 or model_folder.holds(run, checkpoint):
+        return
+    checkpoints.load_weights(checkpoint, model)
+    row = {row["epoch"]: row for row in read_rows(run).rows}.get(epochs_done, {})
+    accuracies = (row.get("test_accuracy"), row.get("validation_accuracy"))
+    model_folder.write(run, model, options, epochs_done, *accuracies)
 
 
 def _finite(model: nn.Module) -> bool:

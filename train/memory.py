@@ -36,8 +36,8 @@ def check_fit(
     remedy = (
         "a smaller network, such as one of fewer --channels or --capsules, needs less"
         if state > features
-        else "a smaller --batch-size needs less, and so does --gradient-accumulation, which "
-        "changes no result"
+        else "a smaller --batch-size needs less, and so does --gradient-accumulation with batches "
+        "of the same size"
     )
     raise InputError(
         f"this training needs at least {_gib(state + features)} of memory and {_gib(free)} are "

@@ -6,10 +6,24 @@ import json
 import shlex
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from mocapsnet import CapsNet, ModelCard
+from mocapsnet.train import checkpoints
 from mocapsnet.train.options import TrainOptions
 
 FOLDER = "model"
+
+
+def holds(run: Path, checkpoint: Path) -> bool:
+    """Whether RUN/model is the network of a checkpoint of the run."""
+    try:
+        model, kept = (load_file(f / checkpoints.WEIGHTS) for f in (run / FOLDER, checkpoint))
+    except (OSError, SafetensorError):
+        return False
+    return model.keys() == kept.keys() and all(torch.equal(model[n], kept[n]) for n in kept)
 
 
 def write(

@@ -283,6 +283,11 @@ def check_continuation(saved: TrainOptions, asked: TrainOptions) -> None:
                 f"{flag(name)} {new[name]} does not go with --resume: the run has {value}. "
                 f"Only {', '.join(flag(n) for n in sorted(RESUMABLE - {'resume'}))} may change"
             )
+        if name == "optim.gradient_accumulation" and saved.model.name == RESNET:
+            raise InputError(
+                f"--gradient-accumulation {new[name]}: the run has {value}, and {RESNET} "
+                "normalises over each part of a batch, so another number would change its result"
+            )
         if name == "optim.epochs" and planned(saved.optim):
             who = "ranger21" if saved.optim.optimizer == "ranger21" else "--schedule cosine"
             raise InputError(

@@ -230,7 +230,7 @@ class OptimOptions:
     ] = FROM_PRESET
     gradient_accumulation: int = 1
     """Micro-batches each process splits its share of a batch into; saves memory, same result, but
-    for resnet18, which normalises over each of them."""
+    for resnet18, which normalises over each of them; --sda-mean batch refuses it."""
     class_lr_factor: float | None = None
     """The weights of the class capsules are learned at so many times the learning rate, with adam
     (None: conv-mocapsnet a tenth of the number of classes, at least 1, else 1). A capsule

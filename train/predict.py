@@ -14,6 +14,7 @@ from torch import Tensor
 import mocapsnet
 from mocapsnet import CapsNet, images
 from mocapsnet.train.errors import InputError, Stop
+from mocapsnet.train.files import hidden
 from mocapsnet.train.options import PredictOptions
 
 BATCH_SIZE = 128
@@ -108,11 +109,6 @@ def list_images(paths: tuple[str, ...]) -> list[Path]:
             raise InputError(f"{path} holds no image files")
         files += inside
     return files
-
-
-def hidden(path: Path) -> bool:
-    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _batch(model: CapsNet, files: list[Path]) -> Iterator[Found]:

@@ -6,12 +6,11 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 
 from mocapsnet import (
     CapsNet,
@@ -69,33 +68,41 @@ def make_repeatable(seed: int) -> None:
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
+def agree(accelerator: Accelerator, problem: str) -> None:
+    """Raises: InputError, in all processes alike, if one of them has a problem. Collective."""
+    problems = [one for one in gather_object([problem]) if one]
+    if problems:
+        raise InputError(problems[0])
+
+
 def load_data(
-    options: DataOptions, accelerator: Accelerator, seed: int, tested: Sequence[str] = ()
+    options: DataOptions, accelerator: Accelerator, seed: int, tested: data.Known = data.UNKNOWN
 ) -> tuple[data.ImageSet, data.ImageSet]:
     """Training and test images on the device. One process fetches or decodes for all. Collective.
 
     Args:
         seed: of the run, for `test_crop`.
-        tested: the classes of a run that is to be tested; see `data.load`.
+        tested: what a run that is to be tested knows; see `data.load`.
     Raises: InputError, in all processes alike.
     """
     main = accelerator.is_main_process
     if main:
         source = "" if options.dataset == "digits" else f" below {options.data_dir}"
         print(f"reading {options.dataset}{source}", flush=True)
-    found, problem = None, [""]
-    if main:
-        try:
-            found = data.load(options, tested=tested)
-        except Exception as error:
-            said = str(error) if isinstance(error, InputError) else what_failed(error)
-            if said is None:
-                raise
-            problem = [said]
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise InputError(problem[0])
-    train_set, test_set = found or data.load(options, quiet=True, tested=tested)
+    found = None
+    for first in (True, False):  # what the main process leaves is read by the others
+        problem = ""
+        if main is first:
+            try:
+                found = data.load(options, quiet=not main, tested=tested)
+            except Exception as error:
+                said = str(error) if isinstance(error, InputError) else what_failed(error)
+                if said is None:
+                    raise
+                problem = said
+        agree(accelerator, problem)
+    assert found is not None
+    train_set, test_set = found
     limit, device = options.limit, accelerator.device
     train_set, test_set = train_set.first(limit), test_set.first(limit)
     if options.test_crop == "random":
@@ -133,7 +140,8 @@ def network_config(
 
     Raises: InputError if the sizes do not fit.
     """
-    if options.data.crop == "padded" and options.data.pad >= min(images.image_shape[1:]):
+    cropped = options.data.crop == "padded" or options.data.test_crop == "random"
+    if cropped and options.data.pad >= min(images.image_shape[1:]):
         _, H, W = images.image_shape
         raise InputError(
             f"--pad {options.data.pad} must be less than the images' size of {H} x {W} pixels, or "

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mocapsnet.train import bundles, checkpoints
-from mocapsnet.train.data import ImageSet, hold_out
+from mocapsnet.train.data import ImageSet, Known, hold_out
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.evaluation import Evaluation, Judged, evaluate
 from mocapsnet.train.metrics import describe_damage, read_rows
@@ -22,7 +22,7 @@ from mocapsnet.train.prepare import (
     make_criterion,
     make_repeatable,
 )
-from mocapsnet.train.run_folder import check_test_images, classes, read_config
+from mocapsnet.train.run_folder import check_test_images, known, read_config
 
 # Classes whose accuracy is printed; of more, the least accurate.
 SHOWN = 20
@@ -56,8 +56,8 @@ def report(command: RunOptions) -> Evaluation:
     accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
     make_repeatable(options.optim.seed)
     bundled = isinstance(command, VisualizeOptions) and command.bundles
-    known = () if bundled else classes(run)
-    train_set, test_set = load_data(source, accelerator, options.optim.seed, known)
+    tested_alone = Known() if bundled else known(run)
+    train_set, test_set = load_data(source, accelerator, options.optim.seed, tested_alone)
     check_test_images(run, test_set)
     if bundled and options.watch.validation_share is not None:  # those that the run trained with
         share, seed = options.watch.validation_share, options.data.split_seed

@@ -21,13 +21,13 @@ from mocapsnet.train.errors import InputError
 from mocapsnet.train.options import EvaluateOptions, MachineOptions, RunOptions, TrainOptions
 from mocapsnet.train.prepare import build, load_data, make_accelerator, make_repeatable
 from mocapsnet.train.reports import kept_checkpoint, report
-from mocapsnet.train.run_folder import check_test_images, classes
+from mocapsnet.train.run_folder import check_test_images, known
 
 COLUMNS = {"accuracy": "as they are", "moved": "moved", "overlap": "two overlapping"}
 
 
 def evaluate_runs(command: EvaluateOptions) -> None:
-    """Print the accuracies of runs' last checkpoints, computed in float32.
+    """Print the accuracies of what runs have kept, each computed in its own precision.
 
     A single run without any option of these is reported in words.
 
@@ -87,7 +87,7 @@ Run = tuple[Path, TrainOptions, Path, int]
 
 def _test_set(command: EvaluateOptions, runs: list[Run], accelerator: Accelerator) -> data.ImageSet:
     """The images that all runs were tested on; read once if their options are the same."""
-    known: dict[Any, data.ImageSet] = {}
+    read: dict[Any, data.ImageSet] = {}
     for run, options, _, _ in runs:
         source = dataclasses.replace(
             options.data,
@@ -98,13 +98,14 @@ def _test_set(command: EvaluateOptions, runs: list[Run], accelerator: Accelerato
         key: Any = dataclasses.replace(
             source, normalisation="image", pixel_mean=None, pixel_std=None
         )
+        key = (key, known(run))
         if options.data.test_crop == "random":
-            key = (key, options.optim.seed)
-        if key not in known:
-            known[key] = load_data(source, accelerator, options.optim.seed, classes(run))[1]
-        check_test_images(run, known[key])
-        first = next(iter(known.values()))
-        if not torch.equal(known[key].images, first.images):
+            key = (*key, options.optim.seed)
+        if key not in read:
+            read[key] = load_data(source, accelerator, options.optim.seed, known(run))[1]
+        check_test_images(run, read[key])
+        first = next(iter(read.values()))
+        if not torch.equal(read[key].images, first.images):
             raise InputError(
                 f"{run} was tested on other images than {runs[0][0]}: compare runs of one data "
                 "set, with the same --limit and --test-crop"
@@ -129,7 +130,9 @@ def _row(
         "seed": options.optim.seed,
     }
     for name, (images, labels) in sets.items():
-        lengths = class_lengths(accelerator, model, images, options.optim.batch_size)
+        bfloat16 = options.machine.mixed_precision == "bf16"
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bfloat16):
+            lengths = class_lengths(accelerator, model, images, options.optim.batch_size)
         right = both_right(lengths, labels) if name == "overlap" else lengths.argmax(1) == labels
         row[name] = float(right.double().mean())
     return row

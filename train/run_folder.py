@@ -197,26 +197,29 @@ def _as_it_was(options: Any, written: int) -> Any:
 def check_images(run: Path, images: data.ImageSet, test_images: data.ImageSet) -> None:
     """Raises: InputError if a run cannot go on with these images, as it began with others."""
     _check_classes(run, images)
-    config = _read(run / CONFIG)
     for split, now in (("training", images), ("test", test_images)):
-        if not _as_then(config, split, now):
+        if not same_files(run, split, now):
             raise InputError(
                 f"the {split} images are other files than those {run} began with; restore them, "
                 "give their folder with --data-dir, or train a new run"
             )
 
 
-def classes(run: Path) -> list[str]:
-    """Of the images that a run was begun with; empty if it does not say."""
-    found = _read(run / CONFIG).get("classes", [])
-    return list(map(str, found)) if isinstance(found, list) else []
+def known(run: Path) -> data.Known:
+    """What a run knows of the images that it was begun with; the first ones say nothing."""
+    config = _read(run / CONFIG)
+    classes, shape = config.get("classes"), config.get("image_shape")
+    return data.Known(
+        tuple(map(str, classes)) if isinstance(classes, list) else (),
+        tuple(map(int, shape)) if isinstance(shape, list) else (),
+    )
 
 
 def check_test_images(run: Path, images: data.ImageSet) -> None:
     """Raises: InputError if a run cannot be tested with these images: it knows other classes, or
     it may have been trained on some of them."""
     _check_classes(run, images)
-    if images.drawn and not _as_then(_read(run / CONFIG), "test", images):
+    if images.drawn and not same_files(run, "test", images):
         raise InputError(
             f"the folder does not hold the image files that {run} was trained and tested with, so "
             "others would be held out for testing, and some of them it may have been trained on; "
@@ -243,9 +246,9 @@ def _check_classes(run: Path, images: data.ImageSet) -> None:
             )
 
 
-def _as_then(config: dict[str, Any], split: str, images: data.ImageSet) -> bool:
-    """Whether images are of the files that a run was begun with."""
-    files = config.get("files")  # the first runs did not write them down
+def same_files(run: Path, split: str, images: data.ImageSet) -> bool:
+    """Whether "training" or "test" images are of the files that a run was begun with."""
+    files = _read(run / CONFIG).get("files")  # the first runs did not write them down
     return not isinstance(files, dict) or files.get(split) == images.files
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mocapsnet
 from mocapsnet import CapsNet
+from mocapsnet.train import model_folder, run_folder
+from mocapsnet.train.data import ImageSet
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.option_values import flag
+from mocapsnet.train.options import TrainOptions
 
 # Parts that are drawn anew where they do not fit, or the classes are others: what belongs to these,
 # and the decoder, which is given all of their capsules.
@@ -37,6 +42,7 @@ def take_weights(model: CapsNet, folder: str) -> str:
     differ = _differences(model, other)
     ours, theirs = model.state_dict(), other.state_dict()
     unlike = [n for n, w in ours.items() if n not in theirs or theirs[n].shape != w.shape]
+    unlike += [name for name in theirs if name not in ours]
     for name in unlike:
         if name.partition(".")[0] not in NAMES:
             raise InputError(
@@ -56,6 +62,55 @@ def take_weights(model: CapsNet, folder: str) -> str:
     if parts:
         told += f", but for {' and '.join(NAMES[part] for part in NAMES if part in parts)}"
     return f"{told} ({differ})" if differ else told
+
+
+def seen_before(options: TrainOptions, images: ImageSet, test_images: ImageSet) -> Iterator[str]:
+    """Warnings where a training will be judged by images that its first weights were trained on.
+
+    Args:
+        images: of training, and of validation where some of them are held out.
+    """
+    assert options.start_from is not None
+    run = Path(options.start_from)
+    run = run.parent if run.name == model_folder.FOLDER else run
+    try:
+        then = run_folder.read_config(run)
+    except InputError:  # a network alone, which does not say
+        return
+    source, before = options.data, then.data
+    if source.dataset != before.dataset:
+        return
+    if source.dataset == "folder" and not _same(source.data_dir, before.data_dir):
+        return
+    advice = "so {} accuracies will be too high; {}"
+    if test_images.drawn and not run_folder.same_files(run, "test", test_images):
+        yield (
+            f"{run} was trained on some of what are test images now, "
+            + advice.format(
+                "test",
+                "give it the files, --test-share and --split-seed of that run, "
+                "or test with others, in DIR/test/CLASS",
+            )
+        )
+    share, share_before = options.watch.validation_share, then.watch.validation_share
+    if share is not None and not (
+        share == share_before
+        and source.split_seed == before.split_seed
+        and source.limit == before.limit
+        and run_folder.same_files(run, "training", images)
+    ):
+        yield (
+            f"{run} was trained on some of what are validation images now, "
+            + advice.format(
+                "validation",
+                "give it the --validation-share, --split-seed and "
+                "--limit of that run, if it had any",
+            )
+        )
+
+
+def _same(folder: str, other: str) -> bool:
+    return Path(folder).resolve() == Path(other).resolve()
 
 
 def _differences(model: CapsNet, other: CapsNet) -> str:

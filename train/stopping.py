@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 AT_ONCE = 1.0
@@ -46,14 +46,21 @@ class Stopper:
                 signal.signal(number, handler)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """A first signal inside waits until the block has ended. Raises: KeyboardInterrupt then."""
+    def held(self, together: Callable[[bool], bool] = bool) -> Iterator[None]:
+        """A first signal inside waits until the block has ended. Raises: KeyboardInterrupt then.
+
+        Args:
+            together: given whether this process is asked to stop, returns whether all of them do,
+                so that none waits for one that has.
+        """
         self._held = True
         try:
             yield
+            stop = together(self.asked)
         finally:
             self._held = False
-        if self.asked:
+        if stop:
+            self.asked = True
             raise KeyboardInterrupt
 
     def _signalled(self, *_: object) -> None:

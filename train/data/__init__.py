@@ -13,13 +13,11 @@ Pixels and their normalisation are those of prediction, `mocapsnet.preprocessing
 Readers return whole data sets; nothing in a training step touches an image one at a time in Python.
 """
 
-from collections.abc import Sequence
-
 from mocapsnet.preprocessing import normalise, to_pixels
 from mocapsnet.train.data import builtin, folder
 from mocapsnet.train.data.augment import Views, epoch_views, mixed, view
 from mocapsnet.train.data.builtin import FILES, SHAPES
-from mocapsnet.train.data.image_set import ImageSet, image_set
+from mocapsnet.train.data.image_set import UNKNOWN, ImageSet, Known, image_set
 from mocapsnet.train.data.transforms import epoch_order, random_crop, test_offsets
 from mocapsnet.train.data.validation import hold_out
 from mocapsnet.train.options import DataOptions
@@ -27,7 +25,9 @@ from mocapsnet.train.options import DataOptions
 __all__ = [
     "FILES",
     "SHAPES",
+    "UNKNOWN",
     "ImageSet",
+    "Known",
     "Views",
     "epoch_order",
     "epoch_views",
@@ -44,13 +44,13 @@ __all__ = [
 
 
 def load(
-    options: DataOptions, quiet: bool = False, tested: Sequence[str] = ()
+    options: DataOptions, quiet: bool = False, tested: Known = UNKNOWN
 ) -> tuple[ImageSet, ImageSet]:
     """Read the training and the test images of a data set onto the CPU, and check them.
 
     Args:
         quiet: print nothing.
-        tested: the classes of a run that is to be tested; see `folder.load`.
+        tested: what a run that is to be tested knows; see `folder.load`.
     Raises: InputError if files are missing or cannot be right.
     """
     if options.dataset == "folder":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -27,13 +27,14 @@ Found = TypeVar("Found")
 
 
 def decode(
-    paths: list[str], image_size: int | None, quiet: bool
+    paths: list[str], image_size: int | None, quiet: bool, shape: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Decode image files to one shape.
 
     Args:
         image_size: height and width (None: that of the files, or DEFAULT_SIZE if they differ).
         quiet: show no progress.
+        shape: channels, height and width, instead.
     Returns: images [M, C, H, W] uint8, with one channel if all are grey, else three; which of
         `paths` they are [M], ascending; path and fault of each that cannot be decoded.
     """
@@ -46,7 +47,9 @@ def decode(
             [(path, str(fault)) for path, fault in zip(paths, heads, strict=True)],
         )
     sizes = {size for size, _ in good}
-    if image_size is not None:
+    if shape:
+        height, width = shape[1:]
+    elif image_size is not None:
         width, height = image_size, image_size
     elif len(sizes) == 1:
         width, height = sizes.pop()
@@ -58,7 +61,7 @@ def decode(
                 "--image-size sets another",
                 flush=True,
             )
-    channels = 1 if all(grey for _, grey in good) else 3
+    channels = shape[0] if shape else 1 if all(grey for _, grey in good) else 3
 
     def pixels(path: str) -> np.ndarray:
         with Image.open(path) as image:
@@ -73,7 +76,7 @@ def decode(
         else:
             images[len(kept)] = found
             kept.append(i)
-    return torch.from_numpy(images[: len(kept)]), torch.tensor(kept), faults
+    return torch.from_numpy(images[: len(kept)]), torch.tensor(kept, dtype=torch.int64), faults
 
 
 def _each(

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mocapsnet.train.data import cache
 from mocapsnet.train.data.decode import decode
-from mocapsnet.train.data.image_set import ImageSet, image_set
+from mocapsnet.train.data.image_set import UNKNOWN, ImageSet, Known, image_set
 from mocapsnet.train.errors import InputError
+from mocapsnet.train.files import hidden
 
 # What decoded images look like; another number makes every cache be built anew.
 FORMAT = 1
@@ -38,7 +39,7 @@ def load(
     split_seed: int = 0,
     broken: str = "refuse",
     quiet: bool = False,
-    tested: Sequence[str] = (),
+    tested: Known = UNKNOWN,
 ) -> tuple[ImageSet, ImageSet]:
     """Read a folder's training and test images onto the CPU.
 
@@ -56,18 +57,19 @@ def load(
         split_seed: which images those are.
         broken: "refuse" images that cannot be decoded, or "skip" them with a warning.
         quiet: print nothing.
-        tested: the classes of a run that is to be tested, for which a test folder alone will do;
-            its images stand for those of training, too.
+        tested: what a run that is to be tested knows. A test folder alone will do then; its images
+            become of that run's shape, and stand for those of training, too.
     Raises: InputError if there are no such folders, or images, or broken ones to refuse.
     """
     root = Path(data_dir)
-    classes, splits = _list(root, tested)
-    if test_share is not None and "all" not in splits and not tested:
+    classes, splits = _list(root, tested.classes)
+    if test_share is not None and "all" not in splits and not tested.classes:
         raise InputError(
             f"--test-share {test_share}: {root} has a test folder of its own, so nothing is split"
         )
     samples = [sample for split in splits.values() for sample in split]
-    images, kept, faults = _decoded(root, [path for path, _ in samples], image_size, quiet)
+    shape = tested.image_shape if list(splits) == ["test"] else ()
+    images, kept, faults = _decoded(root, [path for path, _ in samples], image_size, shape, quiet)
     _judge(root, faults, len(samples), broken, quiet)
 
     labels = np.array([label for _, label in samples])
@@ -108,7 +110,11 @@ def _digest(names: Iterable[str]) -> str:
 def _list(root: Path, tested: Sequence[str]) -> tuple[list[str], dict[str, Samples]]:
     """The classes, and the images of "train" and "test", or of "all" where that is to be split, or
     of "test" alone where the classes of what is tested are known."""
-    from torchvision.datasets.folder import make_dataset
+    from torchvision.datasets.folder import (
+        IMG_EXTENSIONS,
+        has_file_allowed_extension,
+        make_dataset,
+    )
 
     if not root.is_dir():
         raise InputError(
@@ -125,7 +131,12 @@ def _list(root: Path, tested: Sequence[str]) -> tuple[list[str], dict[str, Sampl
 
     def images_of(folder: Path, classes: Sequence[str], some: bool = False) -> Samples:
         numbers = {name: i for i, name in enumerate(classes)}
-        return make_dataset(folder, numbers, is_valid_file=_is_image, allow_empty=some)
+
+        def is_image(path: str) -> bool:
+            below = Path(path).relative_to(folder).parts[1:]  # classes of older runs may be hidden
+            return not hidden(Path(*below)) and has_file_allowed_extension(path, IMG_EXTENSIONS)
+
+        return make_dataset(folder, numbers, is_valid_file=is_image, allow_empty=some)
 
     try:
         if not (train.is_dir() or alone):
@@ -161,21 +172,15 @@ def _classes(folder: Path) -> list[str]:
     return found
 
 
-def _is_image(path: str) -> bool:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
-
-    hidden = os.path.basename(path).startswith(".")
-    return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
-
-
 def _decoded(
-    root: Path, paths: list[str], image_size: int | None, quiet: bool
+    root: Path, paths: list[str], image_size: int | None, shape: tuple[int, ...], quiet: bool
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Images [M, C, H, W], which of `paths` they are [M], and name and fault of all others."""
-    key = cache.fingerprint(root, paths, f"{FORMAT} {image_size}")
+    how = "x".join(map(str, shape)) or str(image_size)
+    key = cache.fingerprint(root, paths, f"{FORMAT} {how}")
     found = cache.read(root, key)
     if found is None or _mended(root, found[1], image_size):
-        images, kept, faults = decode(paths, image_size, quiet)
+        images, kept, faults = decode(paths, image_size, quiet, shape)
         names = [(str(Path(path).relative_to(root)), fault) for path, fault in faults]
         tensors = {"images": images, "kept": kept}
         written = cache.write(root, key, tensors, {"faults": json.dumps(names)})

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mocapsnet.train.errors import InputError
+
+
+class Known(NamedTuple):
+    """What a run that is to be tested knows of its images; empty where it does not say."""
+
+    classes: tuple[str, ...] = ()
+    image_shape: tuple[int, ...] = ()
+
+
+UNKNOWN = Known()
 
 
 @dataclass(frozen=True)
