@@ -11,6 +11,7 @@ import mocapsnet
 from mocapsnet import CapsNet
 from mocapsnet.train import model_folder, run_folder
 from mocapsnet.train.data import ImageSet
+from mocapsnet.train.data.folder import TEST_SHARE
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.option_values import flag
 from mocapsnet.train.options import TrainOptions
@@ -83,7 +84,11 @@ def seen_before(options: TrainOptions, images: ImageSet, test_images: ImageSet) 
     if source.dataset == "folder" and not _same(source.data_dir, before.data_dir):
         return
     advice = "so {} accuracies will be too high; {}"
-    if test_images.drawn and not run_folder.same_files(run, "test", test_images):
+    if test_images.drawn and not (
+        source.split_seed == before.split_seed
+        and (source.test_share or TEST_SHARE) == (before.test_share or TEST_SHARE)
+        and run_folder.same_files(run, "test", test_images)
+    ):
         yield (
             f"{run} was trained on some of what are test images now, "
             + advice.format(

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,25 @@ os.environ.update(environment)
 for descriptor, name in ((1, "stdout"), (2, "stderr")):
     os.dup2(os.open(f"{name}-{environment['RANK']}", os.O_CREAT | os.O_WRONLY), descriptor)
 torch.set_num_threads(1)
+exec(setup)
 from mocapsnet.cli import main
 sys.exit(main(arguments))
 """
 
 
-def run_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+def raising(error: BaseException) -> Callable[..., Any]:
+    """A function that raises this, whatever it is given."""
+
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    return run
+
+
+def run_two(*arguments: str, setup: str = "") -> subprocess.CompletedProcess[str]:
     """Run `mocapsnet ARGUMENTS` in two processes that train together, without a terminal.
+
+    Each runs the program `setup` beforehand.
 
     They are forked from one that has imported what they need, once for all tests: `torchrun`, which
     `run_process` takes, imports it three times for every call.
@@ -71,6 +84,7 @@ def run_two(*arguments: str) -> subprocess.CompletedProcess[str]:
     both = []
     for rank in ("0", "1"):
         given = {"environment": shared | {"RANK": rank, "LOCAL_RANK": rank}, "arguments": arguments}
+        given["setup"] = setup
         both.append(context.Process(target=exec, args=(ONE_OF_TWO, given)))
         both[-1].start()
     deadline = time.monotonic() + 240

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mocapsnet.images import fit
 from mocapsnet.train.data import cache, decode, folder
 from mocapsnet.train.errors import InputError
 
@@ -350,6 +351,8 @@ def test_hidden_folders_and_files_are_left_out(tmp_path: Path) -> None:
         root = tmp_path / "one" if not split else tmp_path / "two" / split
         write_folder(root)
         write(root / ".ipynb_checkpoints" / "0.png", pixels(6, 5))
+        write(root / "ant" / ".thumbnails" / "0.png", pixels(6, 5))
+        write(root / "ant" / "more" / ".thumbnails" / "0.png", pixels(6, 5))
         (root / ".git").mkdir()
         (root / "ant" / "._0.png").write_bytes(b"no image")
     write_folder(tmp_path / "two" / "train")
@@ -459,3 +462,37 @@ def test_a_run_refuses_other_classes_and_shapes(command: Command) -> None:
             code, _, errors = command(*words, "--data-dir", wrong)
             assert code == 2 and told in errors and errors.count("\n") == 1, errors
     assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == kept
+
+
+def test_where_no_image_can_be_decoded_it_is_said(tmp_path: Path) -> None:
+    """Heads that are whole, as an interrupted copy leaves them."""
+    for place in ("one", "two/train", "two/test"):
+        write_folder(tmp_path / place, 2, (40, 40))
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    for name, said in (("one", "class ant has 0 image that can be read"), ("two", "of class ant")):
+        for _ in ("decoded", "kept"):
+            with pytest.raises(InputError, match=said):
+                folder.load(str(tmp_path / name), broken="skip", quiet=True)
+
+
+def test_new_images_become_of_the_size_and_the_colours_that_a_run_knows(command: Command) -> None:
+    write_folder(Path("grey"), 10, (8, 8))
+    write_folder(Path("colour"), 10, (9, 8, 3))
+    write_folder(Path("new-grey/test"), 2, (8, 8))
+    write_folder(Path("new-colour/test"), 2, (14, 10, 3))
+    write(Path("new-colour/test/ant/large.png"), pixels(30, 40))
+    for name in ("grey", "colour"):
+        code, _, errors = command(
+            "train", "--dataset", "folder", "--data-dir", name, *TINY, *CPU, "--out", f"run-{name}"
+        )
+        assert code == 0, errors
+        for new, count in (("new-grey", 6), ("new-colour", 7)):
+            code, output, errors = command("evaluate", f"run-{name}", *CPU, "--data-dir", new)
+            assert code == 0 and f"of {count})" in output and "become" not in output, errors
+    shape = (3, 9, 8)
+    _, test = folder.load("new-colour", quiet=True, tested=folder.Known(CLASSES, shape))
+    assert test.image_shape == shape
+    for image, name in zip(test.images.numpy(), test.names, strict=True):
+        with Image.open(Path("new-colour", name)) as file:
+            assert np.array_equal(image, fit(file, shape[1:], 3))

@@ -237,3 +237,21 @@ def test_the_published_code_s_grouping_and_skip(train: Callable[..., Path]) -> N
     run = train("run", "--epochs", "1", *"--grouping pixels --skip twice --velocity block".split())
     config = mocapsnet.load(run).config
     assert (config.grouping, config.skip, config.velocity) == ("pixels", "twice", "block")
+
+
+def test_parts_of_a_batch_where_they_would_change_the_result(command: Command) -> None:
+    digits = "--dataset digits --limit 32 --batch-size 8 --device cpu --epochs 1".split()
+    batch = "--model capsnet --channels 8 --capsules 4 --method sda --sda-mean batch".split()
+    code, _, errors = command("train", *digits, *batch, "--gradient-accumulation", "2")
+    assert code == 2 and "--sda-mean batch takes a mean over the images that" in errors, errors
+    assert not Path("runs").exists()
+    assert command("train", *digits, "--model", "resnet18", "--out", "run")[0] == 0
+    words = ["train", "--resume", "run", "--gradient-accumulation", "2"]
+    code, _, errors = command(*words)
+    assert code == 2 and "--gradient-accumulation 2: the run has 1, and resnet18" in errors
+
+
+def test_random_test_crops_that_may_show_nothing(command: Command) -> None:
+    words = "--dataset digits --crop resized --test-crop random --pad 9 --device cpu".split()
+    code, _, errors = command("train", *words)
+    assert code == 2 and "--pad 9 must be less than the images' size of 8 x 8" in errors

@@ -222,3 +222,19 @@ def test_overlapping_images_of_two_classes_mean_nothing() -> None:
     two = ImageSet(images.images, images.labels % 2)
     with pytest.raises(ValueError, match="three classes or more"):
         overlap(two, Motion(), 0)
+
+
+def test_every_run_is_tested_in_its_own_precision(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def lengths(*arguments: Any) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return class_lengths(*arguments)
+
+    train("exact", "--epochs", "1")
+    train("fast", "--epochs", "1", "--mixed-precision", "bf16")
+    monkeypatch.setattr("mocapsnet.train.robustness.class_lengths", lengths)
+    code, _, errors = command("evaluate", "exact", "fast", "--shift", "1", "--device", "cpu")
+    assert code == 0 and seen == [False, False, True, True], errors

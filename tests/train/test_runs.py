@@ -589,3 +589,44 @@ def test_damaged_runs_are_one_clear_error(damage: str, train: Train, command: Co
         assert errors.count("mocapsnet: ") == 1 and expected in errors
         assert "Traceback" not in errors
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+# The second process is told to stop, alone, while both test their first epoch.
+TOLD_WHILE_TESTING = """
+import signal
+from mocapsnet.train import loop
+test = loop.evaluate
+def evaluate(*arguments):
+    found = test(*arguments)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return found
+loop.evaluate = evaluate
+"""
+
+
+def test_two_processes_stop_together_if_one_is_told_while_they_test() -> None:
+    words = ["train", *TINY, "--epochs", "2", "--out"]
+    assert run_two(*words, "whole").returncode == 0
+    done = run_two(*words, "run", setup=TOLD_WHILE_TESTING)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("stopped in epoch 1 after 3 of 3 steps; continue with") == 1
+    done = run_two("train", "--resume", "run")
+    assert done.returncode == 0 and "in epoch 1, after 3 steps of it" in done.stdout, done.stderr
+    assert_same_run(Path("whole"), Path("run"))
+
+
+def test_all_processes_are_told_what_fails_in_one() -> None:
+    """Memory that is free on the device of one of them, or images that only one can see."""
+    for function, said in (
+        ("memory.free_bytes = lambda _: 0", "this training needs at least"),
+        ("data.load = lambda *_, **__: (_ for _ in ()).throw(OSError('gone'))", "gone"),
+    ):
+        setup = f"""
+from mocapsnet.train import data, memory
+if os.environ["RANK"] == "1":
+    {function}
+"""
+        done = run_two("train", *TINY, "--epochs", "1", "--out", "run", setup=setup)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.count(said) == 1 and not Path("run").exists()

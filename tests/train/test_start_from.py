@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 import mocapsnet
 from mocapsnet import CNN, ConvMoCapsNet, MoCapsNet, Preprocessing, ResNet18
+from mocapsnet.train import checkpoints
 from mocapsnet.train.errors import InputError
 from mocapsnet.train.start_from import take_weights
 
-from .helpers import TINY, assert_same_run, rows
+from .helpers import TINY, assert_same_run, raising, rows
+from .test_folder import pixels, write
 
 Command = Callable[..., tuple[int, str, str]]
 Train = Callable[..., Path]
@@ -116,3 +118,58 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
         with pytest.raises(InputError, match=said):
             take_weights(other, folder)
         assert all(torch.equal(w, before[name]) for name, w in other.state_dict().items())
+
+
+def test_the_weights_are_taken_by_a_run_that_was_killed_before_it_had_any(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("first", "--epochs", "1")
+    words = ["train", *TINY, "--epochs", "1", "--start-from", "first"]
+    assert command(*words, "--out", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", raising(OSError(28, "disk full")))
+        assert command(*words, "--out", "second")[0] == 1
+    code, output, errors = command("train", "--resume", "second")
+    assert code == 0 and "starting with the weights of" in output, errors
+    assert_same_run(Path("whole"), Path("second"))
+
+
+def test_a_larger_network_does_not_fit(tmp_path: Path) -> None:
+    for options, said in (
+        (dict(blocks=2), "stack.layers.2.weight does not fit this network: --blocks 2 there, 1"),
+        (dict(bias=0.1), "does not fit this network: --bias 0.1 there, None here"),
+    ):
+        folder = str(network(**options).save_pretrained(tmp_path / str(options)))
+        with pytest.raises(InputError, match=said):
+            take_weights(network(), folder)
+    folder = str(network(decoder=(6, 6)).save_pretrained(tmp_path / "decoder"))
+    assert "but for the decoder" in take_weights(network(), folder)
+
+
+def test_images_that_the_first_weights_were_trained_on_are_told(command: Command) -> None:
+    for split in ("photos", "split/train", "split/test"):
+        for name in ("ant", "bee"):
+            for i in range(10):
+                write(Path(split, name, f"{i}.png"), pixels(8, 8))
+    small = ["--kernel-size", "3", *TINY, "--dataset", "folder"]
+    seen = "was trained on some of what are {} images now"
+
+    def start(data: str, *options: str, base: str = "first") -> str:
+        out = f"run-{len(list(Path().glob('run-*')))}"
+        words = ["--data-dir", data, "--start-from", base, "--epochs", "1", "--out", out]
+        code, _, errors = command("train", *small, *words, *options)
+        assert code == 0, errors
+        return errors
+
+    for data, out, options in (("photos", "first", []), ("split", "other", [])):
+        words = ["--data-dir", data, "--epochs", "1", "--out", out, *options]
+        assert command("train", *small, *words)[0] == 0
+    assert start("photos") == "" and start("split") == ""
+    assert start("split", "--validation-share", "0.2") == ""
+    told = start("split", "--validation-share", "0.2", base="other")
+    assert seen.format("validation") in told and seen.format("test") not in told
+    for options in (["--split-seed", "1"], ["--test-share", "0.4"]):
+        assert seen.format("test") in start("photos", *options)
+    assert seen.format("test") in start("photos", "--split-seed", "1", base="first/model")
+    write(Path("photos/ant/new.png"), pixels(8, 8))
+    assert seen.format("test") in start("photos")

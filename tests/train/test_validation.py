@@ -21,7 +21,7 @@ from mocapsnet.train.experiments.states import state_of
 from mocapsnet.train.run_folder import read_config
 from mocapsnet.train.trainer import Trainer
 
-from .helpers import TINY, assert_equal_nested, rows, run_two
+from .helpers import TINY, assert_equal_nested, raising, rows, run_two
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -303,3 +303,47 @@ def test_the_curves_show_validation_and_the_test_at_the_end() -> None:
         assert [line.get_label() for line in axes.lines] == ["train", "validation", "test, epoch 1"]
         assert axes.lines[2].get_xydata().tolist() == [[1, value]]
     assert figure.axes[0].get_title() == "Accuracy (test, epoch 1: 75.00%)"
+
+
+def test_a_failure_between_the_checkpoint_and_the_network_is_mended(
+    script: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second epoch is the best; its checkpoint is there, and RUN/model not yet."""
+    write = loop.model_folder.write
+
+    def full(run: Path, model: Any, options: Any, done: int, *rest: Any) -> Path:
+        if done == 2:
+            raise OSError(28, "No space left on device", str(run))
+        return write(run, model, options, done, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.model_folder, "write", full)
+        arguments = [*VALIDATED, "--keep", "best", "--epochs", "3", "--out", "run"]
+        code, _, errors = command("train", *arguments)
+    assert code == 1 and "The last checkpoint, run/checkpoints/epoch-0002, is whole" in errors
+    assert epochs_kept() == ["epoch-0002"] and weight_of(mocapsnet.load("run")) == 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "epoch", raising(KeyboardInterrupt()))
+        assert command("train", "--resume", "run")[0] == 130
+    assert weight_of(mocapsnet.load("run")) == 2
+    card = Path("run/model/README.md").read_text()
+    assert "| validation accuracy | 90.00% |" in card and "| epochs | 2 |" in card
+    written = Path("run/model/model.safetensors").stat().st_mtime_ns
+    assert command("train", "--resume", "run")[0] == 0  # the third is not better
+    assert weight_of(mocapsnet.load("run")) == 2 and result()["epoch"] == 2
+    assert Path("run/model/model.safetensors").stat().st_mtime_ns > written  # with the test
+
+
+def test_an_epoch_is_kept_where_its_test_fails(
+    train: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train("whole", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", raising(MemoryError()))
+        code, _, errors = command("train", *TINY, "--out", "run", "--epochs", "1")
+    assert code == 1 and "not enough memory" in errors
+    assert epochs_kept() == ["epoch-0000", "epoch-0000-steps-000003"]
+    code, output, errors = command("train", "--resume", "run")
+    assert code == 0 and "in epoch 1, after 3 steps of it" in output, errors
+    assert rows(whole) == rows(Path("run"))

@@ -25,6 +25,9 @@ from mocapsnet.train.files import hidden
 # What decoded images look like; another number makes every cache be built anew.
 FORMAT = 1
 
+# Of each class, held out where there is no test folder and no share is given.
+TEST_SHARE = 0.2
+
 # Broken images that a message names before it only counts.
 NAMED = 10
 
@@ -75,7 +78,7 @@ def load(
     labels = np.array([label for _, label in samples])
     drawn = "all" in splits
     if drawn:
-        parts = _split(kept.numpy(), labels, classes, test_share or 0.2, split_seed, root)
+        parts = _split(kept.numpy(), labels, classes, test_share or TEST_SHARE, split_seed, root)
         sources = [root, root]
     else:
         boundary = len(splits.get("train", ()))
