@@ -38,14 +38,15 @@ def matrices(
         N, K, J, D: sizes, where known. With a layout they are checked, and needed only to divide
             joined axes. Without, all but one are needed, and those longer than one must differ:
             a square layer, whose input and output capsules are alike, fits several layouts.
-    Returns: the same numbers [N, K, J, D], contiguous.
+    Returns: the same numbers [N, K, J, D], contiguous, in memory of their own.
     Raises: ValueError if W does not fit the layout or the sizes, or fits several layouts.
     """
     W = torch.as_tensor(W)
     sizes = {name: size for name, size in zip(OURS, (N, K, J, D), strict=True) if size is not None}
     axes = _find(W, sizes) if layout is None else _parse(layout)
     flat = [name for axis in axes for name in axis]
-    return W.reshape(_lengths(W, axes, sizes)).permute([flat.index(n) for n in OURS]).contiguous()
+    ordered = W.reshape(_lengths(W, axes, sizes)).permute([flat.index(n) for n in OURS])
+    return ordered.clone(memory_format=torch.contiguous_format)
 
 
 def filters(parameter: Any, order: str, *, K: int) -> Tensor:
@@ -73,7 +74,8 @@ def filters(parameter: Any, order: str, *, K: int) -> Tensor:
     G = channels // K
     sizes = {"G": G, "K": K}
     split = parameter.unflatten(0, [sizes[name] for name in order])
-    return (split if order == "GK" else split.transpose(0, 1)).flatten(0, 1).contiguous()
+    ordered = (split if order == "GK" else split.transpose(0, 1)).flatten(0, 1)
+    return ordered.clone(memory_format=torch.contiguous_format)
 
 
 def input_capsules(weight: Tensor, order: str, *, G: int, H: int, W: int) -> Tensor:
@@ -97,7 +99,8 @@ def input_capsules(weight: Tensor, order: str, *, G: int, H: int, W: int) -> Ten
         )
     split = weight.unflatten(0, [sizes[name] for name in order])
     axes = [order.index(name) for name in "GHW"]
-    return split.permute(*axes, 3, 4, 5).flatten(0, 2).contiguous()
+    ordered = split.permute(*axes, 3, 4, 5).flatten(0, 2)
+    return ordered.clone(memory_format=torch.contiguous_format)
 
 
 def _order(order: str, names: str) -> str:

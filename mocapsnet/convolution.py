@@ -81,8 +81,8 @@ def weight_gradient(g: Tensor, x: Tensor, stride: tuple[int, ...], size: torch.S
 
 
 def mapped(*tensors: Tensor) -> bool:
-    """Whether backward runs for many gradients at once, with `is_grads_batched`."""
-    return any(torch._C._dispatch_keys(t).has(BATCHED) for t in tensors)
+    """Whether backward runs for many gradients at once, with `is_grads_batched` or in a vmap."""
+    return transformed() or any(torch._C._dispatch_keys(t).has(BATCHED) for t in tensors)
 
 
 class _Convolution(torch.autograd.Function):

@@ -19,7 +19,8 @@ def read(images: Any, image_shape: tuple[int, int, int], device: torch.device) -
     Args:
         images: a path, a PIL image, a tensor or an array: [H, W], [C, H, W], [H, W, C],
             [B, C, H, W] or [B, H, W, C], uint8, bool, or floating point in [0, 1]. Or a sequence of
-            single images of any of these kinds, whose sizes may differ.
+            single images of any of these kinds, whose sizes may differ; for a network of grey
+            images one in colour [C, H, W] is given so, as alone it may be a batch of them.
         image_shape: channels, height and width that the network wants. Other sizes are scaled and
             cut, see `fit_size`; colour, grey and transparency are converted, see `fit_channels`.
         device: where the pixels go.
@@ -29,7 +30,8 @@ def read(images: Any, image_shape: tuple[int, int, int], device: torch.device) -
         if not images:
             raise ValueError("images must hold at least one image; got an empty sequence")
         parts = [
-            _pixels(image, image_shape, device, f"image {n}") for n, image in enumerate(images)
+            _pixels(image, image_shape, device, f"image {n}", True)
+            for n, image in enumerate(images)
         ]
         for n, part in enumerate(parts):
             if len(part) != 1:
@@ -38,11 +40,11 @@ def read(images: Any, image_shape: tuple[int, int, int], device: torch.device) -
                     "a sequence of single images"
                 )
         return torch.cat(parts)
-    return _pixels(images, image_shape, device, "images")
+    return _pixels(images, image_shape, device, "images", False)
 
 
 def _pixels(
-    image: Any, image_shape: tuple[int, int, int], device: torch.device, name: str
+    image: Any, image_shape: tuple[int, int, int], device: torch.device, name: str, single: bool
 ) -> Tensor:
     channels, height, width = image_shape
     try:
@@ -50,8 +52,8 @@ def _pixels(
             name = os.fspath(image)
             image = _open(name)
         if hasattr(image, "getbands"):  # a PIL image, recognised without importing PIL
-            image = fit(image, (height, width), channels)
-        pixels = _scaled(_tensor(image, channels).to(device))
+            image, single = fit(image, (height, width), channels), True
+        pixels = _scaled(_tensor(image, channels, single).to(device))
         return fit_size(fit_channels(pixels, channels), height, width)
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}") from error
@@ -108,8 +110,8 @@ def _open(path: str) -> Any:
         raise ValueError(f"cannot be read as an image: {error}") from error
 
 
-def _tensor(image: Any, channels: int) -> Tensor:
-    """[B, C, H, W] in any dtype, of a single image or a batch."""
+def _tensor(image: Any, channels: int, single: bool) -> Tensor:
+    """[B, C, H, W] in any dtype, of a `single` image, or of that or a batch."""
     if isinstance(image, np.ndarray):
         tensor = torch.from_numpy(np.ascontiguousarray(image))
     elif isinstance(image, Tensor):
@@ -119,6 +121,11 @@ def _tensor(image: Any, channels: int) -> Tensor:
             f"not a path, a PIL image, a tensor or an array, but {type(image).__name__}"
         )
     allowed = (channels, 1, 3, 4)
+    if not single and tensor.dim() == 3 and channels == 1 and tensor.shape[0] in (3, 4):
+        raise ValueError(
+            f"{list(image.shape)} may be one image in colour or {len(image)} grey ones: give the "
+            "one as [image], and grey ones as images[:, None]"
+        )
     if tensor.dim() in (2, 3):
         tensor = tensor[(None,) * (4 - tensor.dim())]
     if tensor.dim() == 4 and tensor.shape[1] not in allowed and tensor.shape[3] in allowed:

@@ -37,12 +37,14 @@ class PrimaryCapsules(nn.Module):
         if self.grouping == "channels":
             return primary_capsules(features, self.dim, backend=self.backend)
         checks.tensor("features", features, "B C H Wd")
-        if self.dim < 1 or features[0].numel() % self.dim:
+        size = features.shape[1:].numel()
+        if self.dim < 1 or size % self.dim:
             raise ValueError(
-                f"the {features[0].numel()} values of a feature map {list(features.shape[1:])} "
+                f"the {size} values of a feature map {list(features.shape[1:])} "
                 f"cannot be grouped into capsules of dim={self.dim}"
             )
-        return squash(features.flatten(1).unflatten(1, (-1, self.dim)), backend=self.backend)
+        grouped = features.reshape(len(features), size // self.dim, self.dim)
+        return squash(grouped, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, grouping={self.grouping!r}"

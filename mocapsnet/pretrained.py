@@ -165,7 +165,8 @@ def _within_run(folder: Path) -> Path:
 
 OPTIONS = (
     "iterations method routing_grad sda_mean sda_scale gamma velocity block_layers in_features "
-    "kernel_size stride padding"
+    "kernel_size stride padding padding_mode dilation groups num_groups normalized_shape eps dim "
+    "grouping p approximate negative_slope"
 ).split()
 """Attributes of layers and stacks that make outputs what they are."""
 
@@ -187,7 +188,16 @@ def refuse_what_config_does_not_say(model: CapsNet) -> None:
             f"{need.get(name, 'missing')} by its config{advice}"
         )
     modules = dict(built.named_modules())
+    names = {name for name, _ in model.named_modules()}
+    for name in sorted(names ^ modules.keys()):
+        there = "in the network, and not" if name in names else "not in the network, and"
+        raise ValueError(f"{name} is {there} by its config{advice}")
     for name, ours in model.named_modules():
+        if name and type(ours) is not type(modules[name]):
+            raise ValueError(
+                f"{name} is a {type(ours).__name__}, and a {type(modules[name]).__name__} by its "
+                f"config{advice}"
+            )
         for option in OPTIONS:
             now, then = (getattr(m, option, None) for m in (ours, modules.get(name)))
             if now != then:

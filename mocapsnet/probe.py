@@ -76,7 +76,7 @@ def probe(
             "gradients are recorded; a reversible stack calls it again in backward: use "
             'memory="stored"'
         )
-    return lost_gradients(name, layer, second, [leaf, *tensors])
+    return lost_gradients(n, layer, second, [leaf, *tensors])
 
 
 def sharded(layer: nn.Module) -> bool:
@@ -134,12 +134,20 @@ def repeats(first: Tensor, second: Tensor, third: Callable[[], Tensor]) -> bool:
     return bool(off <= 0.01 * size) and torch.equal(first, third().detach().nan_to_num())
 
 
-def lost_gradients(
-    name: str, layer: nn.Module, output: Tensor, given: Iterable[Tensor]
-) -> str | None:
-    """What to say if the output's gradient reaches a tensor that is no parameter and not given."""
+def switch(value: Any) -> Any:
+    """What of an attribute or an argument may have a call do something else: of numbers, whether
+    they are zero. A layer that was probed with another one is probed again."""
+    if isinstance(value, int | float):
+        return bool(value)
+    return value if isinstance(value, str) else None
+
+
+def lost_gradients(n: int, layer: nn.Module, output: Tensor, given: Iterable[Tensor]) -> str | None:
+    """What to say if the gradient of layer n's output reaches a tensor that is no parameter and not
+    given."""
     if output.grad_fn is None:
         return None
+    name = f"layer {n} ({type(layer).__name__})"
     own = [p for p in layer.parameters() if p.requires_grad]
     ends = {p.grad_fn: p for p in own if p.grad_fn is not None}  # computed, by functional_call
     met = [

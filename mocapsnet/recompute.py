@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .kernels.momentum.schedule import Schedule
-from .probe import probe
+from .probe import lost_gradients, probe, switch
 from .replay import (
+    attributes,
     autocast,
     autocast_state,
     held,
     hooks_off,
+    lasting,
     meaning,
+    parametrizations_computed,
     put_back,
     random_numbers,
     random_state,
@@ -51,6 +54,8 @@ def reversible(stack: MomentumStack, x: Tensor, v: Tensor, args: Any, kwargs: An
         return stack.stored(x, v, args, kwargs)
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    needs = [leaves[i].requires_grad for i in places]
+    form = spec, tuple(places), needs, [leaf for leaf in map(switch, leaves) if leaf is not None]
     tensors = [leaves[i] for i in places]
     for i in places:
         leaves[i] = None
@@ -62,13 +67,14 @@ def reversible(stack: MomentumStack, x: Tensor, v: Tensor, args: Any, kwargs: An
         return tree_unflatten(filled, spec)
 
     parameters = [p for p in stack.layers.parameters() if p.requires_grad]
-    return _Reversible.apply(stack, arguments, len(tensors), x, v, *tensors, *parameters)
+    return _Reversible.apply(stack, arguments, form, x, v, *tensors, *parameters)
 
 
 class _Reversible(torch.autograd.Function):
     """The whole stack as one node of the graph, with arguments and parameters as its inputs.
 
-    `arguments` makes (args, kwargs) of the tensors that they contain, the first `count` of rest.
+    `arguments` makes (args, kwargs) of the tensors that they contain, the first of rest; `form` is
+    what these are besides their values, second the places of the tensors.
     """
 
     @staticmethod
@@ -76,23 +82,26 @@ class _Reversible(torch.autograd.Function):
         ctx: Any,
         stack: MomentumStack,
         arguments: Callable[[Iterable[Tensor]], Any],
-        count: int,
+        form: tuple[Any, ...],
         x: Tensor,
         v: Tensor,
         *rest: Tensor,
     ) -> Tensor:
+        count = len(form[1])
         tensors = rest[:count]
         args, kwargs = arguments(tensors)
         layers, plan = list(stack.layers), stack.plan(x.dtype)
         precision = autocast_state(x.device)
         meanings = [meaning(layer) for layer in layers]
         trusted, anchored = not patched(), set(plan.anchors)
-        anchors, random, refused = [], {}, None
-        with autocast(precision):
+        sure = [trusted and known(layer) and owns_tensors(layer) for layer in layers]
+        anchors, random, refused, constants = [], {}, None, []
+        with autocast(precision), parametrizations_computed():
             for n, layer in enumerate(layers):
-                u = x
-                if trusted and known(layer) and owns_tensors(layer):
+                u, own = x, attributes(layer)
+                if sure[n]:
                     x, v = step(plan, n, x, v, branch(n, layer, x, args, kwargs))
+                    constants.append(own)
                 else:
                     before = random_state(x.device)
                     buffers, given = versions(layer.buffers()), versions([x, *tensors])
@@ -102,33 +111,39 @@ class _Reversible(torch.autograd.Function):
                     after = random_state(x.device)
                     if not all(map(torch.equal, before, after)):
                         random[n] = before
-                    if stack.probed.get(layer) != meanings[n]:
+                    constants.append(lasting(own, layer))
+                    state = meanings[n], form, {k: switch(v) for k, v in constants[n].items()}
+                    if stack.probed.get(layer) != state:
                         seen = list(map(_leaf, tensors))
                         found = probe(n, layer, u, f, arguments(seen), seen, before)
                         refused = refused or found
-                        if found is None:
-                            stack.probed[layer] = meanings[n]
+                        if found is None and u.numel() and not u.is_meta:
+                            stack.probed[layer] = state
                 if n in anchored:
                     anchors += [x, v]
         ctx.save_for_backward(*tensors, *anchors)
         ctx.layers, ctx.plan, ctx.arguments, ctx.count = layers, plan, arguments, count
-        ctx.precision, ctx.random, ctx.refused = precision, random, refused
+        ctx.precision, ctx.random, ctx.refused, ctx.trusted = precision, random, refused, sure
         ctx.wanted = rest[count:]
-        ctx.held, ctx.meanings = held(layers), meanings
+        ctx.held, ctx.meanings, ctx.constants = held(layers), meanings, constants
         return x
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         refuse_backward(ctx)
-        with torch.no_grad(), put_back(ctx.held):
-            gradients = _backward(ctx, grad_x)
+        # Computed parameters, of functional_call, end the graph of a layer as given ones do.
+        leaves = {h.tensor: _leaf(h.tensor) for h in ctx.held if h.tensor.grad_fn is not None}
+        places = [h._replace(tensor=leaves.get(h.tensor, h.tensor)) for h in ctx.held]
+        with torch.no_grad(), put_back(places), parametrizations_computed():
+            gradients = _backward(ctx, grad_x, leaves)
         if torch.is_grad_enabled():
             gradients = _Once.apply(torch.zeros((), requires_grad=True), *gradients)
         return None, None, None, *gradients
 
 
-def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, v, the tensors in args and kwargs, and the parameters."""
+def _backward(ctx: Any, grad_x: Tensor, leaves: dict[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of x, v, the tensors in args and kwargs, and the parameters, in the place of some
+    of which there are `leaves`."""
     layers, plan, gamma = ctx.layers, ctx.plan, ctx.plan.gamma
     anchored = set(plan.anchors)
     saved = ctx.saved_tensors  # checkpointing allows reading it once
@@ -147,6 +162,10 @@ def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         ):
             f = branch(n, layer, x.view_as(x), args, kwargs)  # flop_counter's hooks take no leaf
         grad_v = grad_v + grad_x
+        if not ctx.trusted[n]:
+            lost = lost_gradients(n, layer, f, [x, *tensors])
+            if lost is not None:
+                raise ValueError(lost)
         if f.requires_grad:
             inputs = [t for t in (*layer.parameters(), *tensors) if t.requires_grad]
             with hooks_off(inputs):
@@ -161,7 +180,8 @@ def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         if not plan.restarts(n):
             v = (v - (1 - gamma) * f.detach()) / gamma
         grad_v = torch.zeros_like(grad_v) if plan.restarts(n) else gamma * grad_v
-    return grad_x, grad_v, *(sums.get(t) for t in (*tensors, *ctx.wanted))
+    wanted = [leaves.get(p, p) for p in ctx.wanted]
+    return grad_x, grad_v, *(sums.get(t) for t in (*tensors, *wanted))
 
 
 def refuse_backward(ctx: Any) -> None:
@@ -175,11 +195,12 @@ def refuse_backward(ctx: Any) -> None:
             'memory="stored"'
         )
     for n, layer in enumerate(ctx.layers):
-        if meaning(layer) != ctx.meanings[n]:
+        constants = ctx.constants[n]
+        if meaning(layer) != ctx.meanings[n] or len(lasting(constants, layer)) < len(constants):
             raise RuntimeError(
                 f"layer {n} ({type(layer).__name__}) of a reversible stack was changed between "
-                "forward and backward: training or evaluation mode, a hook, its forward or one of "
-                'its modules; go backward first, or use memory="stored"'
+                "forward and backward: training or evaluation mode, a hook, its forward, a module "
+                'or an attribute of it; go backward first, or use memory="stored"'
             )
 
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module
+from torch.nn.utils import parametrize
+
+from .residual_checks import GLOBAL_HOOKS, follows
 
 
 class Held(NamedTuple):
@@ -56,10 +58,7 @@ def meaning(layer: nn.Module) -> tuple[Any, ...]:
     """What a call of the layer does besides its tensors: its modules with their forward, hooks,
     mode and names of tensors, and the hooks of all modules."""
     return (
-        tuple(module._global_forward_hooks),
-        tuple(module._global_forward_pre_hooks),
-        tuple(module._global_backward_hooks),
-        tuple(module._global_backward_pre_hooks),
+        *(tuple(key for key, hook in hooks.items() if not follows(hook)) for hooks in GLOBAL_HOOKS),
         *(
             (
                 m,
@@ -77,6 +76,40 @@ def meaning(layer: nn.Module) -> tuple[Any, ...]:
             for m in layer.modules()
         ),
     )
+
+
+PLAIN = int, float, complex, str, bytes, type(None), torch.dtype
+
+
+def attributes(layer: nn.Module) -> dict[tuple[int, str], Any]:
+    """Plain values, and tensors with their counts of changes, that modules have as attributes."""
+    found: dict[tuple[int, str], Any] = {}
+    for i, m in enumerate(layer.modules()):
+        for key, value in vars(m).items():
+            if isinstance(value, Tensor):
+                found[i, key] = value, 0 if value.is_inference() else value._version
+            elif plain(value):
+                found[i, key] = value
+    return found
+
+
+def plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(plain, value)))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of `attributes` are the same."""
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return all(map(same, a, b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    return a is b or bool(a == b)
+
+
+def lasting(before: dict[Any, Any], layer: nn.Module) -> dict[Any, Any]:
+    """Those of some attributes of a layer that are as before: a call has not set them."""
+    now = attributes(layer)
+    return {key: value for key, value in before.items() if key in now and same(value, now[key])}
 
 
 def autocast_state(device: torch.device) -> list[dict[str, Any]]:
@@ -99,6 +132,17 @@ def autocast(state: list[dict[str, Any]]) -> Iterator[None]:
         for options in state:
             contexts.enter_context(torch.autocast(**options, cache_enabled=False))
         yield
+
+
+@contextmanager
+def parametrizations_computed() -> Iterator[None]:
+    """Without the cache of `torch.nn.utils.parametrize.cached()`, which would hand weights computed
+    without gradients to code that wants them."""
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
 
 
 def random_state(device: torch.device) -> list[Tensor]:

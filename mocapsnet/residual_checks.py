@@ -20,6 +20,14 @@ def calls(kind: type[nn.Module]) -> tuple[Any, ...]:
 
 CALLS = {kind: calls(kind) for kind in (CapsuleLayer, ConvCapsuleLayer)}
 
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    module._global_forward_hooks,
+    module._global_forward_pre_hooks,
+    module._global_backward_hooks,
+    module._global_backward_pre_hooks,
+)
+"""Hooks of all modules, by their handles."""
+
 Versions = list[tuple[Tensor, int]]
 
 
@@ -92,13 +100,7 @@ def patched() -> bool:
     Hooks that follow which module runs, for `torch.utils.flop_counter`, change nothing, and neither
     does what `torch.export` puts in the place of every module's `__call__`.
     """
-    hooks = (
-        module._global_forward_hooks,
-        module._global_forward_pre_hooks,
-        module._global_backward_hooks,
-        module._global_backward_pre_hooks,
-    )
-    if any(hooks) and not all(follows(hook) for some in hooks for hook in some.values()):
+    if any(not follows(hook) for hooks in GLOBAL_HOOKS for hook in hooks.values()):
         return True
     judged = 2 if torch.compiler.is_exporting() else 3
     return any(

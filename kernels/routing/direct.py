@@ -9,11 +9,13 @@ memory that it shares. Equations as in README.md.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..launch import accumulation_dtype
+from ..launch import accumulation_dtype, full_precision
+from ..library import transformed
 from ..squash.reference import length
 from .workspace import workspace
 
@@ -41,7 +43,7 @@ def routing(
     x, w = batch_second(u, W)
     J, D = W.shape[2:]
     offset = None if bias is None else bias.to(x.dtype)
-    votes = torch.bmm(x, w).unflatten(2, (J, D))  # [N, B, J, D]
+    votes = _Product.apply(x, w).unflatten(2, (J, D))  # [N, B, J, D]
 
     def squashed(s: Tensor) -> Tensor:
         return squash(s if offset is None else s + offset, twice=True)
@@ -58,6 +60,24 @@ def routing(
             c = (constant * state).sum(3).softmax(2)
         v = squashed((votes * c.unsqueeze(3)).sum(0))
     return v.to(torch.promote_types(u.dtype, W.dtype))
+
+
+class _Product(torch.autograd.Function):
+    """`torch.bmm`, whose derivatives autocast lowers where backward runs within it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return torch.bmm(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        product = _Product.apply if torch.is_grad_enabled() and not transformed() else torch.bmm
+        with full_precision(g):
+            dx = product(g, w.mT) if ctx.needs_input_grad[0] else None
+            dw = product(x.mT, g) if ctx.needs_input_grad[1] else None
+        return dx, dw
 
 
 def batch_second(u: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,8 @@ def forward(
     v = u.new_empty(B, J, D, dtype=torch.promote_types(u.dtype, W.dtype))
     s = u.new_empty(iterations, B, J, D, dtype=accumulation_dtype(u, W))
     kept = s.new_empty(kept_shape(u, W, keep))
+    if kept.dim() == 4 and not p.dots:  # backward multiplies whole tiles, of which it fills a part
+        kept.zero_()
     if B == 0:
         return v, s, kept
     if not p.on_chip:

@@ -366,3 +366,17 @@ def test_the_chosen_implementation_never_calls_the_reference(monkeypatch):
         run(*arguments, backend=backend)
     with pytest.raises(AssertionError, match="the reference ran"):
         run(*arguments, backend="reference")
+
+
+@pytest.mark.parametrize("B, N", [(4, 64), (32, 150)], ids=["direct", "chunked"])
+def test_autocast_around_backward_lowers_no_gradient(B, N):  # noqa: N803
+    """As of `with torch.autocast(...): loss(model(x)).backward()`."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(B, N, 8, generator=generator).requires_grad_()
+    W = (torch.randn(N, 8, 10, 16, generator=generator) / 8).requires_grad_()
+    v = routing(u, W, backend="chunked")
+    want = torch.autograd.grad(v, (u, W), torch.ones_like(v), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(v, (u, W), torch.ones_like(v))
+    for a, b in zip(got, want, strict=True):
+        assert a.equal(b)

@@ -235,3 +235,23 @@ def test_nothing_is_read_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(tuning, "read", lambda device: 1 / 0)
     for device in ("cpu", "meta"):
         assert tuning.table(torch.device(device)).plans == {}
+
+
+@pytest.mark.usefixtures("poison")
+def test_couplings_for_tensor_cores_from_a_plan_without(device, place):
+    """Of samples that fill no whole tile: what forward leaves of it is zero."""
+    B, N, K, J, D = 17, 33, 5, 32, 16  # noqa: N806
+    u, W = (x.requires_grad_() for x in tensors(device, (B, N, K, J, D)))
+    static = plans.planned(u, W)
+    assert static.dots
+
+    def gradients():
+        v = routing(u, W, backend="triton")
+        return torch.autograd.grad(v.square().sum(), (u, W))
+
+    before = gradients()
+    plan = plans.vector_plan(B, N, J, D, 4, torch.device("meta"))
+    keep(place, {problem(u, W): plan})
+    assert explain(u, W, backend="triton").plans.startswith("forward tuned, backward not tuned")
+    for new, old in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)

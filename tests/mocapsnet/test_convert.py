@@ -235,3 +235,17 @@ def test_a_decoder_that_sees_one_capsule_only():
     masked = capsules * nn.functional.one_hot(shown, J).unsqueeze(-1)
     expected = theirs(capsules[range(B), shown]).view(B, 1, 2, 3)
     torch.testing.assert_close(ours(masked), expected)
+
+
+def test_what_is_converted_shares_no_memory():
+    W = torch.randn(6, 2, 3, 4)  # noqa: N806
+    array = W.numpy().copy()
+    for same in (
+        matrices(W, "N K J D"),
+        matrices(array, "N K J D"),
+        filters(W, "G K", K=2),
+        input_capsules(W, "G H W", G=1, H=2, W=3),
+    ):
+        assert torch.equal(same, W)
+        same.zero_()
+    assert W.all() and array.all()

@@ -298,3 +298,16 @@ def test_other_layers_in_place_of_the_convolutions(stem, calls, always):
     model = CapsNet((1, 28, 28), 10, channels=8, capsule_dim=8)
     model.convolutions = stem
     assert model.features(torch.randn(2, 1, 28, 28)).shape == (2, 8, 7, 7) and not calls
+
+
+def test_many_gradients_at_once_by_vmap(always):
+    """Forward outside of it, so that nothing tells until backward."""
+    x, w = tensors((2, 3, 20, 20), (4, 9, 9))
+    y, plain = conv2d(x, w, (2, 2)), F.conv2d(x, w, stride=(2, 2))
+    G = torch.randn(3, *y.shape, dtype=y.dtype)  # noqa: N806
+    found, wanted = (
+        vmap(lambda g, y=y: torch.autograd.grad(y, (x, w), g, retain_graph=True))(G)
+        for y in (y, plain)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)

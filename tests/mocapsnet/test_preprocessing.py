@@ -116,6 +116,8 @@ def test_another_size_is_covered_and_cut_around_the_centre():
         (torch.full((6, 5), torch.nan), r"must lie in \[0, 1\]"),
         (torch.ones(6, 5, dtype=torch.int64), "uint8, bool or floating point; got torch.int64"),
         (torch.rand(9, 6, 5), r"got \[9, 6, 5\]: a batch of grey images"),
+        (torch.rand(3, 6, 5), r"one image in colour or 3 grey ones: give the one as \[image\]"),
+        (np.zeros((4, 6, 5), np.uint8), r"one image in colour or 4 grey ones"),
         (torch.rand(1, 2, 3, 6, 5), r"got \[1, 2, 3, 6, 5\]"),
         (torch.rand(1, 0, 5), r"got \[1, 0, 5\]"),
         (torch.rand(5), r"got \[5\]"),

@@ -229,6 +229,15 @@ CHANGES = {
     r"last.weight is \[4, 4, 5, 4\] in the network, and \[4, 4, 3, 4\]": lambda m: setattr(
         m, "last", mocapsnet.CapsuleLayer(4, 4, 5, 4)
     ),
+    r"primary.grouping is pixels, and channels by its config": lambda m: setattr(
+        m, "primary", mocapsnet.PrimaryCapsules(4, grouping="pixels")
+    ),
+    r"convolutions.1 is a SiLU, and a ReLU by its config": lambda m: m.convolutions.__setitem__(
+        1, torch.nn.SiLU()
+    ),
+    r"convolutions.3 is in the network, and not by its config": lambda m: m.convolutions.append(
+        torch.nn.Tanh()
+    ),
 }
 
 

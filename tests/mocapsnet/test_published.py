@@ -228,3 +228,13 @@ def test_what_is_no_such_checkpoint_is_refused(tmp_path):
             load_published(wrapped)
     with pytest.raises(ValueError, match="none.pth.tar cannot be read"):
         load_published(tmp_path / "none.pth.tar")
+
+
+def test_an_empty_batch_of_pixels_grouped():
+    from mocapsnet import PrimaryCapsules
+
+    for grouping in ("channels", "pixels"):
+        layer = PrimaryCapsules(4, grouping=grouping)
+        assert layer(torch.zeros(0, 8, 3, 2)).shape == (0, 12, 4)
+    with pytest.raises(ValueError, match="the 9 values of a feature map"):
+        PrimaryCapsules(4, grouping="pixels")(torch.zeros(0, 1, 3, 3))

@@ -237,8 +237,8 @@ def test_operations_are_counted_with_those_of_the_second_calls():
     with FlopCounterMode(display=False) as counter:
         stack(x.requires_grad_()).sum().backward()
     product = 2 * 3 * 6 * 6
-    # forward, the look at layers which the counter's hooks change, the call in backward, gradients
-    assert counter.get_total_flops() == 2 * product * (1 + 1 + 1 + 2)
+    # forward, the call in backward, gradients
+    assert counter.get_total_flops() == 2 * product * (1 + 1 + 2)
 
 
 def test_a_stack_inside_of_a_layer_of_a_stack():
