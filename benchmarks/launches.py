@@ -5,7 +5,8 @@ timed alone, ten in a row as one CUDA graph, and stands beside the time that `mo
 static` predicts for a GPU of its kind, with the limit that binds it there. A ratio far from 1 is a
 fault of the prediction, or of the kernel. Plans are the static ones.
 
-Predictions are made in a process of their own, which compiles for a GPU that need not be there.
+Predictions are made in a process of their own, which compiles for a GPU that need not be there,
+while launches are timed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -98,26 +100,35 @@ def predict(
             print(json.dumps(row), flush=True)
 
 
-def predictions(architecture: str, args: argparse.Namespace) -> tuple[list[report.Row], str]:
-    """What another process predicts, and why some or all of it is missing."""
+def predicting(architecture: str, args: argparse.Namespace) -> subprocess.Popen[str]:
+    """Another process that predicts."""
     count = None
     if args.device.type == "cuda":
         count = torch.cuda.get_device_properties(args.device).multi_processor_count
     command = PREDICT.format(architecture, list(args.cases), args.shrink, count)
     environment = os.environ | {"TRITON_INTERPRET": "0", "MOCAPSNET_TUNED": "0"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", command]
+    return subprocess.Popen(words, env=environment, **pipes)
+
+
+def predictions(process: subprocess.Popen[str]) -> tuple[list[report.Row], str]:
+    """What another process has predicted, after WAIT seconds at most, and why some is missing.
+
+    It is waited for no longer where this one is interrupted.
+    """
+    why = ""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", command],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=WAIT,
+        output, errors = process.communicate(timeout=WAIT)
+        if process.returncode:
+            why = f"predictions ended early: {(errors.strip().splitlines() or ['no message'])[-1]}"
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
+        why = "predictions are missing: " + (
+            "interrupted" if isinstance(end, KeyboardInterrupt) else f"{WAIT} s were not enough"
         )
-    except subprocess.TimeoutExpired:
-        return [], f"no predictions: they took more than {WAIT} s"
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    lines = done.stderr.strip().splitlines() or ["no message"]
-    return rows, f"predictions ended early: {lines[-1]}" if done.returncode else ""
+        process.kill()
+        output, _ = process.communicate()
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")], why
 
 
 def beside(rows: list[report.Row], predicted: Sequence[report.Row]) -> None:
@@ -185,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[report.Row] = []
     notes: list[str] = []
     interrupted = False
+    process = predicting(architecture, args)  # compiles meanwhile
     try:
         with tuning.using(args.device, tuning.STATIC):
             for label in args.cases:
@@ -192,12 +204,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                     rows += timed(label, args)
                 except Exception as error:  # whatever it is, the other cases go on
                     notes.append(f"{label}: {type(error).__name__}: {error}")
-        found, missing = predictions(architecture, args)
-        beside(rows, found)
-        notes += [missing] if missing else []
     except KeyboardInterrupt:  # the time is over: what is there is told
         notes.append("interrupted: the rest is missing")
         interrupted = True
+        process.terminate()
+    found, missing = predictions(process)
+    beside(rows, found)
+    if missing:
+        notes.append(missing)
+        interrupted = interrupted or "interrupted" in missing
     if not rows:
         sys.exit("launches: nothing was timed: " + "; ".join(notes))
     report.write(args, "launches", rows, [], describe(rows, name, notes))

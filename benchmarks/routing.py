@@ -26,7 +26,14 @@ from mocapsnet.kernels import routing
 from mocapsnet.kernels.launch import interpreting
 
 from .shared import measure, report
-from .shared.routing_candidates import Candidate, candidates, forward_backward, problem, sized
+from .shared.routing_candidates import (
+    STOPPED,
+    Candidate,
+    candidates,
+    forward_backward,
+    problem,
+    sized,
+)
 from .shared.routing_pictures import draw, roofline
 
 SHAPES = {  # B, N, K, J, D
@@ -161,6 +168,8 @@ def measured(args: argparse.Namespace) -> Iterator[list[report.Row]]:
         del these  # graphs and compiled code keep memory
         torch.compiler.reset()
         yield rows
+        if STOPPED in missing.values():
+            raise KeyboardInterrupt
 
 
 def peak(run: Candidate, shape: tuple[int, ...], device: torch.device) -> int | None:

@@ -79,11 +79,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def network(args: argparse.Namespace, others: list[str]) -> list[Call]:
     """The calls of the network that was asked for. Raises: SystemExit if there is none such."""
-    import tyro
-
+    from mocapsnet import cli
     from mocapsnet.train import data
     from mocapsnet.train.errors import InputError
-    from mocapsnet.train.option_values import resolve
     from mocapsnet.train.options import TrainOptions
     from mocapsnet.train.prepare import settled
     from mocapsnet.train.run_folder import read_config
@@ -101,13 +99,10 @@ def network(args: argparse.Namespace, others: list[str]) -> list[Call]:
             if {"image_shape", "classes"} <= content.keys():
                 images = no_images(tuple(content["image_shape"]), len(content["classes"]))
         else:
-            options = tyro.cli(
-                TrainOptions,
-                prog="mocapsnet benchmark tune",
-                args=others or (DRY if args.dry_run else []),
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-            )
-            options = resolve(options)
+            options = cli.parse(["train", *(others or (DRY if args.dry_run else []))])
+            assert isinstance(options, TrainOptions)
+            if options.resume is not None:
+                sys.exit(f"tune: --resume is for mocapsnet train; --run {options.resume} tunes it")
         images = images or images_of(options)
         found = calls(settled(options, images), images, DTYPES[args.dtype])
     except InputError as error:
@@ -196,11 +191,13 @@ def tune_all(args: argparse.Namespace, found: Sequence[Call]) -> None:
     clock, end = clock_of(args.device), time.monotonic() + args.seconds
     done: list[Tuned] = []
     trouble = ""
-    for call in found:
+    for n, call in enumerate(found):
         print(f"tuning {call}", flush=True)
+        now = time.monotonic()
+        mine = now + (end - now) / (len(found) - n)  # what one leaves is for those behind
         try:
             some = dict(islice(candidates(call, args.device).items(), args.plans))
-            done.append(tune(call, some, precision, args.device, args.rounds, clock, end))
+            done.append(tune(call, some, precision, args.device, args.rounds, clock, mine))
         except (RuntimeError, KeyboardInterrupt) as error:  # what was tuned before is kept and told
             trouble = str(error) or "interrupted: the rest was not tuned"
             break

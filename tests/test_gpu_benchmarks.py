@@ -1,6 +1,9 @@
 """Launches beside their predictions, and trainings by graphs and plans, by told times."""
 
 import json
+import os
+import signal
+import threading
 
 import pytest
 import torch
@@ -40,7 +43,8 @@ def test_launches_stand_beside_their_predictions(tiny, tmp_path, monkeypatch):
         told("forward_kernel", predicted=2e-6, bound="launch", spills=0),
         told("backward_kernel", error="KeyError: no such instruction"),
     ]
-    monkeypatch.setattr(launches, "predictions", lambda *args: (found, "predictions ended early"))
+    monkeypatch.setattr(launches, "predicting", lambda *_: None)
+    monkeypatch.setattr(launches, "predictions", lambda _: (found, "predictions ended early"))
     words = ["--device", "cpu", "--cases", "primary", "squash", "--repetitions", "2"]
     launches.main([*words, "--output", str(tmp_path)])
     first, second = json.loads((tmp_path / "launches.json").read_text())["rows"]
@@ -65,29 +69,61 @@ def test_a_prediction_of_another_launch_is_not_compared():
     assert "ratio" not in rows[0] and "prediction is of forward_kernel [1]" in rows[0]["error"]
 
 
-def test_launches_that_are_interrupted_tell_what_is_there(tiny, tmp_path, monkeypatch):
-    def interrupt(*args):
+def predicting(monkeypatch, rows, code):
+    """Predictions that are these rows, and then a program."""
+    lines = "".join(f"print({json.dumps(row)!r}, flush=True)\n" for row in rows)
+    program = f"import time\n{lines}{code}"
+    monkeypatch.setattr(launches, "PREDICT", program.replace("{", "{{").replace("}", "}}"))
+
+
+WORDS = ["--device", "cpu", "--cases", "squash", "--repetitions", "2"]
+
+
+def test_launches_that_are_interrupted_tell_what_was_timed(tiny, tmp_path, monkeypatch):
+    predicting(monkeypatch, [], "time.sleep(60)")
+    measured = launches.timed
+
+    def timed(*args):
+        yield from measured(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launches, "predictions", interrupt)
-    words = ["--device", "cpu", "--cases", "squash", "--repetitions", "2"]
+    monkeypatch.setattr(launches, "timed", timed)
     with pytest.raises(SystemExit):
-        launches.main([*words, "--output", str(tmp_path)])
+        launches.main([*WORDS, "--output", str(tmp_path)])
     text = (tmp_path / "launches.md").read_text()
     assert "| squash | forward_kernel [1] | 4.00 |" in text and "interrupted" in text
 
 
+def test_launches_that_are_interrupted_tell_what_was_predicted(tiny, tmp_path, monkeypatch):
+    predicting(monkeypatch, [told("forward_kernel", predicted=2e-6)], "time.sleep(60)")
+    wait = launches.predictions
+
+    def interrupted(process):
+        threading.Timer(3.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+        return wait(process)
+
+    monkeypatch.setattr(launches, "predictions", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit):
+            launches.main([*WORDS, "--output", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    text = (tmp_path / "launches.md").read_text()
+    assert "| squash | forward_kernel [1] | 4.00 | 2.00 | 2.00 |" in text and "interrupted" in text
+
+
 def test_predictions_that_fail_or_take_too_long_are_told(monkeypatch):
     args = launches.parse(["--device", "cpu", "--cases", "squash"])
-    monkeypatch.setattr(launches, "WAIT", 0.01)
-    assert launches.predictions("90", args) == ([], "no predictions: they took more than 0.01 s")
-    monkeypatch.setattr(launches, "WAIT", 60)
-    code = "print('{\"case\": \"a\"}'); raise SystemExit('no compiler')"
-    monkeypatch.setattr(launches, "PREDICT", code.replace("{", "{{").replace("}", "}}"))
-    assert launches.predictions("90", args) == (
-        [{"case": "a"}],
-        "predictions ended early: no compiler",
-    )
+    monkeypatch.setattr(launches, "WAIT", 3)
+    row = {"case": "a"}
+    for code, said in (
+        ("time.sleep(60)", "predictions are missing: 3 s were not enough"),
+        ("raise SystemExit('no compiler')", "predictions ended early: no compiler"),
+        ("", ""),
+    ):
+        predicting(monkeypatch, [row], code)
+        assert launches.predictions(launches.predicting("90", args)) == ([row], said)
 
 
 def test_cases_on_a_device_are_those_that_are_compiled(device):

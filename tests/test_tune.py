@@ -338,6 +338,10 @@ def test_the_network_is_that_of_the_options_or_of_a_run(tmp_path, capsys):
         parsed("--run", str(tmp_path), "--blocks", "3")
     with pytest.raises(SystemExit, match="tune: .* has no config.json"):
         parsed("--run", str(tmp_path))
+    recipe = parsed("--recipe", "published", "--dataset", "mnist", "--blocks", "3")
+    assert {call.stack[0] for call in recipe if call.stack} == {2}  # a block at a time
+    with pytest.raises(SystemExit, match="tune: .* has no config.json"):
+        parsed("--resume", str(tmp_path))
     with pytest.raises(SystemExit, match="tune: blocks must be at least 0; got -1"):
         parsed("--blocks", "-1")
     with pytest.raises(SystemExit) as left:

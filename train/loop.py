@@ -53,6 +53,10 @@ CHECKPOINT_EVERY = 600.0
 """Seconds after which the state within an epoch is kept, in case that the machine fails."""
 
 
+SAY_EVERY = 60.0
+"""Seconds after which a training says that it still holds its folder."""
+
+
 @dataclass(frozen=True)
 class Images:
     """The images of a run; those to validate with, where some are held out."""
@@ -273,8 +277,7 @@ def _train(
     judged: Evaluation | None = None
     resume = f"mocapsnet train --resume {run}"
     stopper = trainer.stopper
-    kept_at = time.monotonic()
-
+    kept_at = said_at = time.monotonic()
     several = accelerator.num_processes > 1
 
     def together(asked: bool) -> bool:
@@ -292,7 +295,12 @@ def _train(
         kept_at = time.monotonic()
 
     def keep_position_at_times() -> None:
-        if time.monotonic() - kept_at > CHECKPOINT_EVERY:
+        nonlocal said_at
+        now = time.monotonic()
+        if log is not None and now - said_at > SAY_EVERY:
+            run_folder.still_held(run)
+            said_at = now
+        if now - kept_at > CHECKPOINT_EVERY:
             keep_position()
 
     try:

@@ -117,6 +117,12 @@ def write_holder(folder: Path) -> None:
     write_whole(folder / HOLDER, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
 
 
+def still_held(folder: Path) -> None:
+    """Note that this process still holds a folder's lock, for those on other machines."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / HOLDER)
+
+
 def holder(folder: Path) -> str:
     """Who holds a folder's lock, in words."""
     try:

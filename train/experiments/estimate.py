@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from mocapsnet.train import data, graph
+from mocapsnet.train.errors import InputError
 from mocapsnet.train.evaluation import evaluate
 from mocapsnet.train.experiments.runs import Run
 from mocapsnet.train.experiments.schedule import Place
@@ -101,7 +102,9 @@ def estimate(
 
 def _alike(options: TrainOptions) -> tuple[Any, ...]:
     """What the time of an epoch depends on."""
-    ignored = {"optim.seed", "optim.epochs", "optim.lr", "data.data_dir", "data.download", "out"}
+    ignored = {"optim.seed", "optim.epochs", "optim.lr", "data.download", "out"}
+    if options.data.dataset != "folder":
+        ignored.add("data.data_dir")
     return tuple((k, v) for k, v in flat(options).items() if k not in ignored)
 
 
@@ -205,9 +208,10 @@ def _time_steps(options: TrainOptions, images: Images) -> tuple[float, float]:
     warm = timed if graphed else trainer(first)  # a graph is captured for the images it trains with
     warm.epoch(0, "")
     row = timed.epoch(0, "")
-    started = time.perf_counter()
-    evaluate(accelerator, model, criterion, first, batch)
-    tested = time.perf_counter() - started
+    for _ in range(2):  # the first is not timed
+        started = time.perf_counter()
+        evaluate(accelerator, model, criterion, first, batch)
+        tested = time.perf_counter() - started
     accelerator.free_memory()
     return row["train_seconds"] / STEPS, tested
 
@@ -215,12 +219,15 @@ def _time_steps(options: TrainOptions, images: Images) -> tuple[float, float]:
 def disk(runs: list[Run]) -> int:
     """Bytes that the checkpoints and networks of runs take when they are finished."""
     total = 0
+    known: dict[Any, Images] = {}
     for run in runs:
-        name = run.options.data.dataset
-        if name in COUNTS:
-            pixels = np.zeros((1, *data.SHAPES[name]), np.uint8)
-            classes = tuple(map(str, range(100 if name == "cifar100" else 10)))
-            config = network_config(run.options, data.image_set(pixels, [0], classes, ("", "")))
-            # Weights twice, in the checkpoint and in the model, and the optimiser's numbers.
-            total += 4 * KEPT[run.options.optim.optimizer] * config.parameters
+        source = run.options.data.dataset, run.options.data.data_dir
+        try:
+            images = known[source] = known.get(source) or _images(run.options)
+        except InputError:  # a folder that is gone
+            continue
+        pixels = np.zeros((1, *images.shape), np.uint8)
+        config = network_config(run.options, data.image_set(pixels, [0], images.classes, ("", "")))
+        # Weights twice, in the checkpoint and in the model, and the optimiser's numbers.
+        total += 4 * KEPT[run.options.optim.optimizer] * config.parameters
     return total

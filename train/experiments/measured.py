@@ -20,10 +20,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
@@ -73,6 +74,8 @@ class Line:
     model: str
     whose: str
     megabytes: dict[int, float]
+    kept: dict[int, float] = field(default_factory=dict)
+    """Of it what blocks keep for backward; the paper does not say."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def parse(content: dict[str, Any], path: Path, command: ExperimentOptions) -> Me
         if one["name"] in {b.name for b in benchmarks} or "/" in one["name"]:
             raise reader.error(f"{where}.name", f"{one['name']!r} must be the name of a new folder")
         options = one["options"] | {k: v for k, v in given.items() if k in one["options"]}
+        if isinstance(options.get("blocks"), list):  # as benchmarks keep them
+            options["blocks"] = sorted(set(options["blocks"]))
         benchmarks.append(Benchmark(one["name"], one["benchmark"], options, one["options"]))
     if not benchmarks:
         raise reader.error("benchmarks", "must be a list of benchmarks, and is empty")
@@ -165,14 +170,15 @@ def experiment(content: dict[str, Any], path: Path, command: ExperimentOptions) 
         if not folder.is_dir():
             raise InputError(f"{folder} holds no experiment; run it without --report first")
         return _show(found, folder)
+    device = (command.train or {}).get("device", "auto")
     if command.dry_run:
         for one in found.benchmarks:
-            print(f"{one.name:<16}{state(one, folder)}")
+            print(f"{one.name:<16}{state(one, folder, device)}")
         print("no time is estimated: benchmarks measure themselves")
         return
-    _refuse_others(found, folder)
+    _refuse_others(found, folder, device)
     with claimed(folder):
-        _run(found, folder, command)
+        _run(found, folder, device)
 
 
 def results(one: Benchmark, folder: Path) -> dict[str, Any] | None:
@@ -184,14 +190,22 @@ def results(one: Benchmark, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def state(one: Benchmark, folder: Path) -> str:
-    """finished, not run, failed with the reason, or what other options it ran with."""
+def state(one: Benchmark, folder: Path, device: str | None = None) -> str:
+    """finished, not run, failed with the reason, or what other options it ran with.
+
+    Args:
+        device: where it is asked for, as of --device; None: wherever it was.
+    """
     found = results(one, folder)
     if found is not None:
         for name, value in one.options.items():
             then = found["settings"].get(name)
             if then != value:
                 return f"other: --{name} {_words(then)} there, {_words(value)} asked for"
+        then, now = found["machine"]["cuda"] is not None, torch.cuda.is_available()
+        if device is not None and then != (now and device != "cpu"):
+            where = "a GPU" if now and device != "cpu" else "a CPU"
+            return f"other: measured on {found['machine']['device']}, {where} asked for"
         return "finished"
     reason = Failures(folder).reasons.get(one.name)
     return f"failed: {reason}" if reason else "not run"
@@ -201,9 +215,9 @@ def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _refuse_others(found: Measured, folder: Path) -> None:
+def _refuse_others(found: Measured, folder: Path, device: str) -> None:
     for one in found.benchmarks:
-        words = state(one, folder)
+        words = state(one, folder, device)
         if words.startswith("other: "):
             raise InputError(
                 f"{folder / one.name} holds results with other options ({words[7:]}); give the "
@@ -211,9 +225,8 @@ def _refuse_others(found: Measured, folder: Path) -> None:
             )
 
 
-def _run(found: Measured, folder: Path, command: ExperimentOptions) -> None:
+def _run(found: Measured, folder: Path, device: str) -> None:
     failures, failed = Failures(folder), list[str]()
-    device = (command.train or {}).get("device", "auto")
     for one in found.benchmarks:
         if state(one, folder) == "finished":
             print(f"{one.name}: finished before")
@@ -272,13 +285,13 @@ def lines(found: Measured, folder: Path) -> list[Line]:
         (one,) = (b for b in found.benchmarks if b.name == entry["benchmark"])
         rows = (results(one, folder) or {}).get("rows", [])
         for candidate in found.compare[entry["model"]]:
-            ours = {
-                row["blocks"]: row["peak_bytes"] / 1e6
-                for row in rows
-                if row.get("candidate") == candidate
-            }
+            mine = [row for row in rows if row.get("candidate") == candidate]
+            ours, kept = (
+                {row["blocks"]: row[name] / 1e6 for row in mine if name in row}
+                for name in ("peak_bytes", "kept_bytes")
+            )
             whose = candidate.partition(", ")[2]
-            made.append(Line(entry["dataset"], entry["model"], whose, ours))
+            made.append(Line(entry["dataset"], entry["model"], whose, ours, kept))
     return made
 
 
@@ -306,16 +319,22 @@ def markdown(found: Measured, folder: Path) -> str:
     words = {one.name: state(one, folder) for one in found.benchmarks}
     done = sum(results(one, folder) is not None for one in found.benchmarks)
     parts = [f"# {found.title}", scale(found, folder), found.about]
-    parts.append(f"{done} of {len(words)} benchmarks are finished. Megabytes against blocks:")
+    parts.append(
+        f"{done} of {len(words)} benchmarks are finished. Megabytes at the peak of a step, against "
+        "blocks, what a block adds to it, and what a block keeps from forward to its backward, "
+        "which the peak hides where it lies elsewhere:"
+    )
     made = lines(found, folder)
     blocks = sorted({n for line in made for n in line.megabytes})
-    header = ["images", "network", "of", *map(str, blocks), "MB per block"]
+    header = ["images", "network", "of", *map(str, blocks), "MB per block", "kept per block"]
     table = [header, ["---"] * len(header)]
     for line in made:
         numbers = [f"{line.megabytes[n]:,.0f}" if n in line.megabytes else "–" for n in blocks]
-        table.append([heading(line.dataset), line.model, line.whose, *numbers, _slope(line)])
+        slopes = _slope(line.megabytes), _slope(line.kept)
+        table.append([heading(line.dataset), line.model, line.whose, *numbers, *slopes])
     parts.append("\n".join(f"| {' | '.join(row)} |" for row in table))
-    parts.append(f"![{found.title}]({PICTURE})")
+    if found.paper:
+        parts.append(f"![{found.title}]({PICTURE})")
     holes = [f"* {name}: {said}" for name, said in words.items() if said.startswith("failed")]
     if holes:
         parts.append("Not in the table, beside what has not run:\n\n" + "\n".join(holes))
@@ -328,13 +347,13 @@ def markdown(found: Measured, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _slope(line: Line) -> str:
+def _slope(megabytes: dict[int, float]) -> str:
     """Megabytes that a block adds, by least squares."""
-    if len(line.megabytes) < 2:
+    if len(megabytes) < 2:
         return "–"
-    mean = sum(line.megabytes) / len(line.megabytes)
-    above = sum((n - mean) * value for n, value in line.megabytes.items())
-    return f"{above / sum((n - mean) ** 2 for n in line.megabytes):,.1f}"
+    mean = sum(megabytes) / len(megabytes)
+    above = sum((n - mean) * value for n, value in megabytes.items())
+    return f"{above / sum((n - mean) ** 2 for n in megabytes):,.1f}"
 
 
 def write(found: Measured, folder: Path) -> str:
@@ -348,17 +367,18 @@ def write(found: Measured, folder: Path) -> str:
             writer.writerow([line.dataset, line.model, line.whose, blocks, f"{value:.3f}"])
     write_whole(folder / TABLE, page)
     write_whole(folder / CSV, out.getvalue())
-    figure = draw(found, folder)
-    FigureCanvasAgg(figure)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120, format="png")
-    write_whole(folder / PICTURE, image.getvalue())
+    if found.paper:
+        figure = draw(found, folder)
+        FigureCanvasAgg(figure)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120, format="png")
+        write_whole(folder / PICTURE, image.getvalue())
     return page
 
 
 def _show(found: Measured, folder: Path) -> None:
     print(write(found, folder))
-    print(f"{folder} holds {TABLE}, {CSV}, {PICTURE}")
+    print(f"{folder} holds {TABLE}, {CSV}" + f", {PICTURE}" * bool(found.paper))
 
 
 def draw(found: Measured, folder: Path) -> Figure:

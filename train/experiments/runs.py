@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mocapsnet.train.errors import InputError
@@ -182,4 +183,8 @@ def difference(
         left_open = value is None and name in SETTLED
         if name not in ignored and before[name] != value and not left_open:
             return flag(name), before[name], value
+    folders = then.data.data_dir, now.data.data_dir
+    if now.data.dataset == "folder" and all(Path(folder).is_dir() for folder in folders):
+        if not Path(folders[0]).samefile(folders[1]):  # another data set, and none that has moved
+            return "--data-dir", *folders
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from mocapsnet.train.run_folder import CONFIG, HOLDER, holder, read_config
 NO_MATTER = {*RESUMABLE, "out"}
 
 FAILURES = "failures.json"
+
+# A training says once a minute that it is there, but not while it tests or writes.
+QUIET = 1800.0
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,13 @@ def state_of(run: Run, folder: Path, failure: str | None) -> State:
 def in_use(folder: Path) -> bool:
     """Whether a training holds the folder now, as far as can be seen without trying its lock.
 
-    Trying it could make a training fail that takes it at the same moment.
+    Trying it could make a training fail that takes it at the same moment. One of another machine
+    does if it has said so within the last QUIET seconds.
     """
     try:
         found = json.loads((folder / HOLDER).read_bytes())
         if found["host"] != socket.gethostname():
-            return True
+            return (folder / HOLDER).stat().st_mtime > time.time() - QUIET
         # A process that is younger than the note is another one, with the number of the first.
         since = psutil.Process(found["pid"]).create_time()
         return bool(since <= (folder / HOLDER).stat().st_mtime + 1)

@@ -212,10 +212,14 @@ def _bar(picture: Figure, axes: Axes, norm: Normalize) -> None:
     limit = int(norm.vmax or 1)
     ticks = range(-limit, limit + 1)
     names = {-1: "half", 0: "an equal share", 1: "twice"}
+    more = {-limit: " or less", limit: " or more"}  # colours end there
     bar = picture.colorbar(ScalarMappable(norm, COLOURS), cax=axes, orientation="horizontal")
     bar.set_ticks(
         [*ticks],
-        labels=[names.get(t, f"1/{2**-t}" if t < 0 else f"{2**t} times") for t in ticks],
+        labels=[
+            names.get(t, f"1/{2**-t}" if t < 0 else f"{2**t} times") + more.get(t, "")
+            for t in ticks
+        ],
         size=SMALL,
     )
     bar.set_label("share of its vote that a capsule gives, against an equal share", size=SMALL)

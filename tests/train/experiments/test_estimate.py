@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mocapsnet.train.experiments import estimate, schedule
+from mocapsnet.train.experiments import estimate, runs, schedule
 from mocapsnet.train.experiments.states import State
 
 from .helpers import GRID, OWN, parsed, runs_of
@@ -40,3 +40,18 @@ def test_steps_are_timed_with_the_real_network() -> None:
         (run, _) = runs_of(parsed(), device="cpu", mixed_precision=precision)
         step, test = estimate.time_steps(run.options, images, schedule.place(1, "cpu"))
         assert 0 < step < 10 and 0 < test < 10
+
+
+def test_folders_of_images_are_data_sets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"a": estimate.Images(1600, 16, (1, 28, 28), tuple("01"))}
+    sizes["b"] = estimate.Images(3200, 16, (3, 32, 32), tuple("01"))
+    found = parsed(OWN | {"cases": [], "grid": GRID | {"dataset": ["digits", "mnist"]}})
+    folders = {"digits": "a", "mnist": "b"}
+    mine = runs.build(found, runs.select(found, {}), {"epochs": 1, "limit": 10**6}, folders)
+    monkeypatch.setattr(estimate, "_images", lambda options: sizes[options.data.data_dir])
+    monkeypatch.setattr(estimate, "time_steps", lambda *_: (1.0, 0.0))
+    every = {run.name: State("missing") for run in mine}
+    guesses = estimate.estimate(mine, every, schedule.place(1, "cpu"), lambda _: None)
+    first, second = (guesses[run.name].seconds for run in mine)
+    assert second - first == pytest.approx(100)  # steps of 16 images
+    assert estimate.disk(mine) > estimate.disk(mine[:1]) > 0

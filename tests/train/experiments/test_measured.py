@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from mocapsnet.train.experiments import configuration, schedule
@@ -23,11 +24,13 @@ blocks = [int(w) for w in words[words.index("--blocks") + 1 : words.index("--bat
 if "depth" in words and not pathlib.Path("repaired").exists():
     sys.exit("depth: relative error 1; nothing was measured")
 rows = [
-    {"candidate": f"{model}, {kind}", "blocks": n, "peak_bytes": (base + 2 * n) * 1e6}
+    {"candidate": f"{model}, {kind}", "blocks": n, "peak_bytes": (base + 2 * n) * 1e6,
+     "kept_bytes": n * base * 1e6}
     for model, kind, base in (("ResCapsNet", "published", 100), ("ResCapsNet", "fused", 10),
     ("MoCapsNet", "published", 90), ("MoCapsNet", "fused, reversible", 9)) for n in blocks
 ]
-found = {"machine": {"device": "a machine"}, "settings": {"blocks": blocks, "batch": 128}}
+found = {"machine": {"device": "a machine", "cuda": None}}
+found["settings"] = {"blocks": blocks, "batch": 128}
 if "memory" in words:
     found["settings"] |= {"images": words[words.index("--images") + 1], "channels": 256}
 (out / f"{words[1]}.json").write_text(json.dumps(found | {"rows": rows}))
@@ -48,9 +51,12 @@ def test_memory_and_time_are_measured_by_benchmarks(
     page = Path("runs/figure3/table.md").read_text()
     assert "blocks 1 2 4 instead of 1 2 3 4 5 6 7 8" in page.splitlines()[2]
     assert "2 of 3 benchmarks are finished" in page and "* depth: failed: depth: relative" in page
-    paper = "4,462 | 4,612 | 4,858 | 5,199 | 5,204 | 5,502 | 5,572 | 5,786 | 190.5 |\n"
+    paper = "4,462 | 4,612 | 4,858 | 5,199 | 5,204 | 5,502 | 5,572 | 5,786 | 190.5 | – |\n"
     assert f"| MNIST | ResCapsNet | the paper | {paper}" in page
-    assert "| MNIST | ResCapsNet | published | 102 | 104 | – | 108 | – | – | – | – | 2.0 |" in page
+    assert (
+        "| MNIST | ResCapsNet | published | 102 | 104 | – | 108 | – | – | – | – | 2.0 | 100.0 |"
+        in page
+    )
     assert "| SVHN | MoCapsNet | fused, reversible | 11 | 13 | – | 17 " in page
     assert page in output and "## memory-cifar10\n\nWhat memory found" in page
 
@@ -68,6 +74,30 @@ def test_memory_and_time_are_measured_by_benchmarks(
     assert code == 0 and "3 of 3" in output
     with Image.open("runs/figure3/table.png") as picture:
         assert picture.width > 1000
+    # A GPU's figures are not mixed with a processor's.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        code, _, errors = command(*words)
+        assert code == 2 and "measured on a machine, a GPU asked for" in errors
+        assert command(*words, "--device", "cpu")[0] == 0
+
+
+def test_benchmarks_of_one_s_own_need_no_figures_of_a_paper(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("fake.py").write_text(BENCHMARK)
+    Path("repaired").touch()
+    monkeypatch.setattr(schedule, "PROGRAM", (sys.executable, "fake.py"))
+    content = configuration.load(configuration.find("figure3"))
+    del content["paper"]
+    content["benchmarks"][0]["options"]["blocks"] = [4, 1, 4]
+    own(content)
+    code, output, errors = command("experiment", "own.json")
+    assert code == 0 and "3 of 3 benchmarks are finished" in output, errors
+    assert not Path("runs/own/table.png").exists()
+    code, output, errors = command("experiment", "own.json")
+    assert code == 0 and output.count("finished before") == 3, errors
+    assert command("experiment", "own.json", "--report")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,26 @@ def test_options_of_the_command_line_reach_the_runs() -> None:
         assert (run.options.data.dataset, run.options.data.data_dir) == ("folder", "/images")
     # Of no use to a network without momentum.
     assert (one.options.model.gamma, two.options.model.gamma) == (0.9, 0.5)
+
+
+def test_other_images_are_never_mixed(fake: Configuration, command: Command) -> None:
+    """Of a folder that was replaced; one that has moved is the same."""
+    for place in ("photos", "others"):
+        for name in ("ant", "bee"):
+            Path(place, name).mkdir(parents=True)
+    words = ["experiment", "own.json", "--seeds", "0", "--epochs", "1", "--folders"]
+    folder = Path("runs/own", f"{NAME}0")
+    shutil.copytree("template", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (run,) = runs.build(fake, runs.select(fake, {"seed": [0]}), {}, {"digits": "photos"})
+    config["options"] = to_json(run.options)
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, errors = command(*words, "digits=photos")
+    assert code == 0, errors
+    for _ in ("by the record", "by the run"):
+        code, _, errors = command(*words, "digits=others")
+        assert code == 2 and f"--data-dir {Path('photos').absolute()}" in errors, errors
+        Path("runs/own/experiment.json").unlink(missing_ok=True)
+    Path("photos").rename("moved")
+    code, output, errors = command(*words, "digits=moved")
+    assert code == 0 and "1 runs: 1 finished" in output, errors

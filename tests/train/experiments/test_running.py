@@ -21,7 +21,7 @@ from mocapsnet.train.errors import Interrupted
 from mocapsnet.train.experiments import record, schedule, states
 from mocapsnet.train.experiments.configuration import Configuration
 from mocapsnet.train.metrics import read_rows
-from mocapsnet.train.run_folder import write_holder
+from mocapsnet.train.run_folder import still_held, write_holder
 
 from ..helpers import assert_same_run
 from .helpers import GRID, NAME, OWN, Command, Train, interrupt_when, outputs, own, runs_of
@@ -160,6 +160,15 @@ def test_a_run_that_another_process_trains_is_left_alone(
     assert code == 0, errors
     assert f"{run.name}: left alone, in use by process {os.getpid()}" in output
     assert "| 1 | – (running) |" in output and not (run / "train.log").exists()
+    # One of another machine says from time to time that it is there, until it is lost.
+    note = run / ".lock-holder.json"
+    note.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    assert states.in_use(run)
+    os.utime(note, (time.time() - states.QUIET - 1,) * 2)
+    assert not states.in_use(run)
+    still_held(run)
+    assert states.in_use(run)
+    write_holder(run)
     # The number of a process that has ended may be another one's.
     os.utime(run / ".lock-holder.json", (1e9, 1e9))
     assert not states.in_use(run)
