@@ -99,8 +99,9 @@ def network(args: argparse.Namespace, others: list[str]) -> list[Call]:
             if {"image_shape", "classes"} <= content.keys():
                 images = no_images(tuple(content["image_shape"]), len(content["classes"]))
         else:
-            options = cli.parse(["train", *(others or (DRY if args.dry_run else []))])
-            assert isinstance(options, TrainOptions)
+            command = cli.parse(["train", *(others or (DRY if args.dry_run else []))])
+            assert isinstance(command, TrainOptions)
+            options = command
             if options.resume is not None:
                 sys.exit(f"tune: --resume is for mocapsnet train; --run {options.resume} tunes it")
         images = images or images_of(options)
