@@ -17,7 +17,6 @@ from .replay import (
     autocast_state,
     held,
     hooks_off,
-    lasting,
     meaning,
     parametrizations_computed,
     put_back,
@@ -111,8 +110,8 @@ class _Reversible(torch.autograd.Function):
                     after = random_state(x.device)
                     if not all(map(torch.equal, before, after)):
                         random[n] = before
-                    constants.append(lasting(own, layer))
-                    state = meanings[n], form, {k: switch(v) for k, v in constants[n].items()}
+                    constants.append([a for a in own if a.lasts()])  # a call has not set them
+                    state = meanings[n], form, [switch(a.value) for a in constants[n]]
                     if stack.probed.get(layer) != state:
                         seen = list(map(_leaf, tensors))
                         found = probe(n, layer, u, f, arguments(seen), seen, before)
@@ -195,8 +194,7 @@ def refuse_backward(ctx: Any) -> None:
             'memory="stored"'
         )
     for n, layer in enumerate(ctx.layers):
-        constants = ctx.constants[n]
-        if meaning(layer) != ctx.meanings[n] or len(lasting(constants, layer)) < len(constants):
+        if meaning(layer) != ctx.meanings[n] or not all(a.lasts() for a in ctx.constants[n]):
             raise RuntimeError(
                 f"layer {n} ({type(layer).__name__}) of a reversible stack was changed between "
                 "forward and backward: training or evaluation mode, a hook, its forward, a module "

@@ -25,13 +25,13 @@ class Held(NamedTuple):
     def changed(self) -> bool:
         if self.tensor.requires_grad != self.differentiated:
             return True
-        return not self.tensor.is_inference() and self.tensor._version != self.version
+        return version(self.tensor) != self.version
 
 
 def held(layers: Iterable[nn.Module]) -> list[Held]:
-    """Parameters and buffers of layers; inference tensors count no changes."""
+    """Parameters and buffers of layers."""
     return [
-        Held(place, name, t, 0 if t.is_inference() else t._version, t.requires_grad)
+        Held(place, name, t, version(t), t.requires_grad)
         for layer in layers
         for m in layer.modules()
         for place in (m._parameters, m._buffers)
@@ -78,38 +78,53 @@ def meaning(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-PLAIN = int, float, complex, str, bytes, type(None), torch.dtype
+OWN = vars(nn.Module()).keys()
+"""Attributes of every module; `meaning` has what matters of them."""
+
+PLAIN = {int, float, bool, complex, str, bytes, type(None), torch.dtype}
 
 
-def attributes(layer: nn.Module) -> dict[tuple[int, str], Any]:
-    """Plain values, and tensors with their counts of changes, that modules have as attributes."""
-    found: dict[tuple[int, str], Any] = {}
-    for i, m in enumerate(layer.modules()):
-        for key, value in vars(m).items():
+class Attribute(NamedTuple):
+    """A plain value or a tensor that a module has as an attribute."""
+
+    place: dict[str, Any]
+    key: str
+    value: Any
+    version: int | None = None
+    """Of a tensor, its count of changes in place."""
+
+    def lasts(self) -> bool:
+        """Whether it is there as it was."""
+        now = self.place.get(self.key, self)
+        if now is self.value:
+            return self.version is None or version(now) == self.version
+        if self.version is not None or isinstance(now, Tensor):
+            return False
+        return type(now) is type(self.value) and bool(now == self.value)
+
+
+def attributes(layer: nn.Module) -> list[Attribute]:
+    """Those of a layer's modules."""
+    found = []
+    for m in layer.modules():
+        place = vars(m)
+        for key, value in place.items():
+            if key in OWN:
+                continue
             if isinstance(value, Tensor):
-                found[i, key] = value, 0 if value.is_inference() else value._version
+                found.append(Attribute(place, key, value, version(value)))
             elif plain(value):
-                found[i, key] = value
+                found.append(Attribute(place, key, value))
     return found
 
 
 def plain(value: Any) -> bool:
-    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(plain, value)))
+    return all(map(plain, value)) if isinstance(value, tuple) else type(value) in PLAIN
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two values of `attributes` are the same."""
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return all(map(same, a, b))
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b
-    return a is b or bool(a == b)
-
-
-def lasting(before: dict[Any, Any], layer: nn.Module) -> dict[Any, Any]:
-    """Those of some attributes of a layer that are as before: a call has not set them."""
-    now = attributes(layer)
-    return {key: value for key, value in before.items() if key in now and same(value, now[key])}
+def version(t: Tensor) -> int:
+    """An inference tensor counts no changes."""
+    return 0 if t.is_inference() else t._version
 
 
 def autocast_state(device: torch.device) -> list[dict[str, Any]]:
