@@ -43,7 +43,7 @@ class PrimaryCapsules(nn.Module):
                 f"the {size} values of a feature map {list(features.shape[1:])} "
                 f"cannot be grouped into capsules of dim={self.dim}"
             )
-        grouped = features.reshape(len(features), size // self.dim, self.dim)
+        grouped = features.reshape(features.shape[0], size // self.dim, self.dim)
         return squash(grouped, backend=self.backend)
 
     def extra_repr(self) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .model_card import ModelCard
 from .prediction import Predictor
@@ -188,20 +188,30 @@ def refuse_what_config_does_not_say(model: CapsNet) -> None:
             f"{need.get(name, 'missing')} by its config{advice}"
         )
     modules = dict(built.named_modules())
-    names = {name for name, _ in model.named_modules()}
-    for name in sorted(names ^ modules.keys()):
-        there = "in the network, and not" if name in names else "not in the network, and"
-        raise ValueError(f"{name} is {there} by its config{advice}")
-    for name, ours in model.named_modules():
-        if name and type(ours) is not type(modules[name]):
+    found = dict(model.named_modules())
+    for name, then in modules.items():
+        if name not in found:
+            raise ValueError(f"{name} is not in the network, and by its config it is{advice}")
+        if isinstance(then, nn.Sequential) and isinstance(found[name], nn.Sequential):
+            for more in list(dict(found[name].named_children()))[len(then) :]:
+                raise ValueError(f"{name}.{more} is in the network, and not by its config{advice}")
+    for name, then in modules.items():
+        ours = found[name]
+        if name and not alike(ours, then):
             raise ValueError(
-                f"{name} is a {type(ours).__name__}, and a {type(modules[name]).__name__} by its "
+                f"{name} is a {type(ours).__name__}, and a {type(then).__name__} by its "
                 f"config{advice}"
             )
         for option in OPTIONS:
-            now, then = (getattr(m, option, None) for m in (ours, modules.get(name)))
+            now, then = (getattr(m, option, None) for m in (ours, modules[name]))
             if now != then:
                 raise ValueError(f"{name}.{option} is {now}, and {then} by its config{advice}")
+
+
+def alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules are of one kind: one may be derived, or a batch norm over processes."""
+    norms = isinstance(a, nn.modules.batchnorm._BatchNorm)
+    return isinstance(a, type(b)) or (norms and isinstance(b, nn.modules.batchnorm._BatchNorm))
 
 
 def _saved_as(model: Pretrained) -> type[CapsNet]:

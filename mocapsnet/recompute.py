@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from .reversible import MomentumStack
 
 
+STATES = 7
+"""Kinds of calls of a layer that are remembered beside the last, as having been looked at."""
+
+
 def step(plan: Schedule, n: int, x: Tensor, v: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     """Layer n of Algorithm 1, with output f."""
     f = (1 - plan.gamma) * f
@@ -94,13 +98,13 @@ class _Reversible(torch.autograd.Function):
         meanings = [meaning(layer) for layer in layers]
         trusted, anchored = not patched(), set(plan.anchors)
         sure = [trusted and known(layer) and owns_tensors(layer) for layer in layers]
-        anchors, random, refused, constants = [], {}, None, []
+        anchors, random, refused, attributes_then = [], {}, None, []
         with autocast(precision), parametrizations_computed():
             for n, layer in enumerate(layers):
                 u, own = x, attributes(layer)
+                attributes_then.append(own)
                 if sure[n]:
                     x, v = step(plan, n, x, v, branch(n, layer, x, args, kwargs))
-                    constants.append(own)
                 else:
                     before = random_state(x.device)
                     buffers, given = versions(layer.buffers()), versions([x, *tensors])
@@ -110,21 +114,23 @@ class _Reversible(torch.autograd.Function):
                     after = random_state(x.device)
                     if not all(map(torch.equal, before, after)):
                         random[n] = before
-                    constants.append([a for a in own if a.lasts()])  # a call has not set them
-                    state = meanings[n], form, [switch(a.value) for a in constants[n]]
-                    if stack.probed.get(layer) != state:
+                    own[:] = [a for a in own if a.there()]  # what the call sets is its own
+                    switches = [(a.key, switch(a.value)) for a in own]
+                    state = meanings[n], form, [s for s in switches if s[1] is not None]
+                    if state not in stack.probed.get(layer, ()):
                         seen = list(map(_leaf, tensors))
                         found = probe(n, layer, u, f, arguments(seen), seen, before)
                         refused = refused or found
                         if found is None and u.numel() and not u.is_meta:
-                            stack.probed[layer] = state
+                            stack.probed[layer] = [*stack.probed.get(layer, ())[-STATES:], state]
+                    own[:] = [a._replace(version=None) if a.changed() else a for a in own]
                 if n in anchored:
                     anchors += [x, v]
         ctx.save_for_backward(*tensors, *anchors)
         ctx.layers, ctx.plan, ctx.arguments, ctx.count = layers, plan, arguments, count
         ctx.precision, ctx.random, ctx.refused, ctx.trusted = precision, random, refused, sure
         ctx.wanted = rest[count:]
-        ctx.held, ctx.meanings, ctx.constants = held(layers), meanings, constants
+        ctx.held, ctx.meanings, ctx.attributes = held(layers), meanings, attributes_then
         return x
 
     @staticmethod
@@ -132,7 +138,7 @@ class _Reversible(torch.autograd.Function):
         refuse_backward(ctx)
         # Computed parameters, of functional_call, end the graph of a layer as given ones do.
         leaves = {h.tensor: _leaf(h.tensor) for h in ctx.held if h.tensor.grad_fn is not None}
-        places = [h._replace(tensor=leaves.get(h.tensor, h.tensor)) for h in ctx.held]
+        places = [(h.place, h.name, leaves.get(h.tensor, h.tensor)) for h in ctx.held]
         with torch.no_grad(), put_back(places), parametrizations_computed():
             gradients = _backward(ctx, grad_x, leaves)
         if torch.is_grad_enabled():
@@ -157,6 +163,7 @@ def _backward(ctx: Any, grad_x: Tensor, leaves: dict[Tensor, Tensor]) -> tuple[T
         with (
             autocast(ctx.precision),
             random_numbers(x.device, ctx.random.get(n)),
+            put_back((a.place, a.key, a.value) for a in ctx.attributes[n]),
             torch.enable_grad(),
         ):
             f = branch(n, layer, x.view_as(x), args, kwargs)  # flop_counter's hooks take no leaf
@@ -194,12 +201,19 @@ def refuse_backward(ctx: Any) -> None:
             'memory="stored"'
         )
     for n, layer in enumerate(ctx.layers):
-        if meaning(layer) != ctx.meanings[n] or not all(a.lasts() for a in ctx.constants[n]):
+        if meaning(layer) != ctx.meanings[n]:
             raise RuntimeError(
                 f"layer {n} ({type(layer).__name__}) of a reversible stack was changed between "
-                "forward and backward: training or evaluation mode, a hook, its forward, a module "
-                'or an attribute of it; go backward first, or use memory="stored"'
+                "forward and backward: training or evaluation mode, a hook, its forward or one of "
+                'its modules; go backward first, or use memory="stored"'
             )
+        for attribute in ctx.attributes[n]:
+            if attribute.changed():
+                raise RuntimeError(
+                    f"layer {n} ({type(layer).__name__}) of a reversible stack: its tensor "
+                    f"{attribute.key!r} was changed in place between forward and backward; go "
+                    'backward first, or use memory="stored"'
+                )
 
 
 class _Once(torch.autograd.Function):

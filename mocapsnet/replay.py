@@ -41,17 +41,28 @@ def held(layers: Iterable[nn.Module]) -> list[Held]:
 
 
 @contextmanager
-def put_back(tensors: Iterable[Held]) -> Iterator[None]:
-    """Parameters and buffers as they were held, though others stand in their places by now, as
-    after `torch.func.functional_call`."""
-    replaced = [(h, h.place[h.name]) for h in tensors if h.place[h.name] is not h.tensor]
-    for h, _ in replaced:
-        h.place[h.name] = h.tensor
+def put_back(places: Iterable[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Parameters, buffers and attributes as they were, though others stand in their places by now,
+    as after `torch.func.functional_call`.
+
+    Args:
+        places: dictionaries, keys, and what belongs there.
+    """
+    missing = object()
+    replaced = []
+    for place, key, value in places:
+        now = place[key] if key in place else missing  # scripted modules have no dicts
+        if now is not value:
+            replaced.append((place, key, now))
+            place[key] = value
     try:
         yield
     finally:
-        for h, now in replaced:
-            h.place[h.name] = now
+        for place, key, now in reversed(replaced):
+            if now is missing:
+                place.pop(key, None)
+            else:
+                place[key] = now
 
 
 def meaning(layer: nn.Module) -> tuple[Any, ...]:
@@ -91,16 +102,15 @@ class Attribute(NamedTuple):
     key: str
     value: Any
     version: int | None = None
-    """Of a tensor, its count of changes in place."""
+    """Of a tensor, its count of changes in place; None if they do not matter."""
 
-    def lasts(self) -> bool:
-        """Whether it is there as it was."""
-        now = self.place.get(self.key, self)
-        if now is self.value:
-            return self.version is None or version(now) == self.version
-        if self.version is not None or isinstance(now, Tensor):
-            return False
-        return type(now) is type(self.value) and bool(now == self.value)
+    def there(self) -> bool:
+        """Whether nothing else is in its place."""
+        return self.place.get(self.key, self) is self.value
+
+    def changed(self) -> bool:
+        """Whether the tensor was changed in place."""
+        return self.version is not None and version(self.value) != self.version
 
 
 def attributes(layer: nn.Module) -> list[Attribute]:

@@ -103,13 +103,14 @@ class MomentumStack(CapsuleStack):
     Layers may be any modules that return the branch alone, without x added. The second call
     repeats autocast and the random numbers of PyTorch's default generators (dropout); parameters
     and buffers may have been replaced since the first, as `torch.func.functional_call` does, but
-    not changed, and neither may training mode, hooks and attributes. A tensor that a layer reads
-    and that needs a gradient must be its parameter or an argument of forward. The first forward
-    that records gradients calls each layer once more, and so does one where the layer or its
-    arguments are of another kind since (a number that was zero, a text, a hook): what does not
-    repeat itself, or has a skip connection of its own, is refused. Under the transforms of
-    torch.func, forward-mode differentiation, tracing and export, which do not see backward, such
-    layers are called as with `memory="stored"`.
+    not changed, and neither may training mode and hooks. Numbers, texts and tensors that layers
+    have as attributes are those of the first call. A tensor that a layer reads and that needs a
+    gradient must be its parameter or an argument of forward. The first forward that records
+    gradients calls each layer once more, and so does one where the layer or its arguments are of
+    another kind since (a number that was zero, a text, a hook): what does not repeat itself, or has
+    a skip connection of its own, is refused. Under the transforms of torch.func, forward-mode
+    differentiation, tracing and export, which do not see backward, such layers are called as with
+    `memory="stored"`.
 
     Anchors bound what the reversal adds. Where the layers themselves make a chaotic stack, as 200
     capsule layers do that were each drawn alone, gradients in float32 are noise however they are
@@ -128,8 +129,8 @@ class MomentumStack(CapsuleStack):
     Raises: ValueError if an option is out of range or a layer changes the shape. Reversible, with
         gradients: ValueError if a layer changes its buffers or arguments, adds x itself, or returns
         another output when called again, and in backward if its gradient would be lost;
-        RuntimeError on double backward, or if parameters, buffers, modes, hooks or attributes
-        changed between forward and backward.
+        RuntimeError on double backward, or if parameters, buffers, modes, hooks or tensors
+        among the attributes changed between forward and backward.
     Source: Algorithms 1 and 2 of the Momentum Capsule Networks paper; Sander et al. 2021.
     """
 
@@ -163,7 +164,9 @@ class MomentumStack(CapsuleStack):
         self.anchor_every = anchor_every
         self.velocity = velocity
         self.block_layers = block_layers
-        self.probed: dict[nn.Module, Any] = {}  # layers that bear a second call, as they were then
+        self.probed: dict[
+            nn.Module, list[Any]
+        ] = {}  # layers that bear a second call, as they were then
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, or a pickle: layers that are others, and not yet probed."""

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -95,11 +96,19 @@ def test_launches_that_are_interrupted_tell_what_was_timed(tiny, tmp_path, monke
 
 
 def test_launches_that_are_interrupted_tell_what_was_predicted(tiny, tmp_path, monkeypatch):
-    predicting(monkeypatch, [told("forward_kernel", predicted=2e-6)], "time.sleep(60)")
+    ready = tmp_path / "ready"
+    code = f"open({str(ready)!r}, 'w').close(); time.sleep(60)"
+    predicting(monkeypatch, [told("forward_kernel", predicted=2e-6)], code)
     wait = launches.predictions
 
+    def interrupt():
+        while not ready.exists():
+            time.sleep(0.05)
+        time.sleep(0.2)  # what it has printed is read meanwhile
+        os.kill(os.getpid(), signal.SIGINT)
+
     def interrupted(process):
-        threading.Timer(3.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+        threading.Thread(target=interrupt, daemon=True).start()
         return wait(process)
 
     monkeypatch.setattr(launches, "predictions", interrupted)
@@ -115,10 +124,10 @@ def test_launches_that_are_interrupted_tell_what_was_predicted(tiny, tmp_path, m
 
 def test_predictions_that_fail_or_take_too_long_are_told(monkeypatch):
     args = launches.parse(["--device", "cpu", "--cases", "squash"])
-    monkeypatch.setattr(launches, "WAIT", 3)
+    monkeypatch.setattr(launches, "WAIT", 8)
     row = {"case": "a"}
     for code, said in (
-        ("time.sleep(60)", "predictions are missing: 3 s were not enough"),
+        ("time.sleep(60)", "predictions are missing: 8 s were not enough"),
         ("raise SystemExit('no compiler')", "predictions ended early: no compiler"),
         ("", ""),
     ):

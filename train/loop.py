@@ -315,8 +315,8 @@ def _train(
                     # One process may stop at once; several must not wait for one that has.
                     with stopper.held(together) if several else nullcontext():
                         judged = judge(judging, text)
-                    row |= judged.row(split)
-                    _check_finite(bare_model, split, judged, row, checkpoint)
+                        row |= judged.row(split)
+                        _check_finite(bare_model, split, judged, row, checkpoint)
                     with stopper.held(together):
                         trainer.position = None
                         if schedules.epoch is not None:
@@ -338,7 +338,8 @@ def _train(
                         checkpoint = checkpoints.folder(run, done)
                         kept_at = time.monotonic()
             except KeyboardInterrupt:
-                keep_position()
+                with stopper.held(lambda _: False):  # told by another process, and by torchrun next
+                    keep_position()
                 raise
     except KeyboardInterrupt:
         place = f"in epoch {done + 1}"
@@ -384,10 +385,17 @@ def _mend_model(
     training may have failed between the two."""
     if epochs_done == 0 or model_folder.holds(run, checkpoint):
         return
-    checkpoints.load_weights(checkpoint, model)
     row = {row["epoch"]: row for row in read_rows(run).rows}.get(epochs_done, {})
     accuracies = (row.get("test_accuracy"), row.get("validation_accuracy"))
-    model_folder.write(run, model, options, epochs_done, *accuracies)
+    try:
+        checkpoints.load_weights(checkpoint, model)
+        model_folder.write(run, model, options, epochs_done, *accuracies)
+    except (OSError, InputError) as error:
+        print(
+            f"mocapsnet: warning: {run / model_folder.FOLDER} is not the network after epoch "
+            f"{epochs_done}, and could not be written anew: {error}",
+            file=sys.stderr,
+        )
 
 
 def _finite(model: nn.Module) -> bool:

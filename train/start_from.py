@@ -76,7 +76,7 @@ def seen_before(options: TrainOptions, images: ImageSet, test_images: ImageSet) 
     run = run.parent if run.name == model_folder.FOLDER else run
     try:
         then = run_folder.read_config(run)
-    except InputError:  # a network alone, which does not say
+    except (InputError, OSError):  # a network alone, which does not say
         return
     source, before = options.data, then.data
     if source.dataset != before.dataset:

@@ -14,7 +14,7 @@ AT_ONCE = 1.0
 """Seconds within which signals count as one: a terminal's reaches a process, and what started it
 passes it on."""
 
-SOON = b"\nmocapsnet: stopping after this step; once more stops at once, and loses it\n"
+SOON = b"\nmocapsnet: stopping after this step or test; once more stops at once, and loses it\n"
 
 
 class Stopper:
@@ -27,6 +27,7 @@ class Stopper:
     def __init__(self) -> None:
         self.asked = False
         self._held = False
+        self._told = False  # by a signal of its own
         self._last = 0.0
 
     @contextmanager
@@ -65,10 +66,10 @@ class Stopper:
 
     def _signalled(self, *_: object) -> None:
         before, self._last = self._last, time.monotonic()
-        if self.asked and self._last - before < AT_ONCE:
+        if self._told and self._last - before < AT_ONCE:
             return
-        waits = self._held and not self.asked
-        self.asked = True
+        waits = self._held and not self._told
+        self.asked = self._told = True
         if not waits:
             raise KeyboardInterrupt
         if os.environ.get("RANK", "0") == "0":

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..launch import accumulation_dtype, full_precision
-from ..library import transformed
 from ..squash.reference import length
 from .workspace import workspace
 
@@ -63,7 +62,7 @@ def routing(
 
 
 class _Product(torch.autograd.Function):
-    """`torch.bmm`, whose derivatives autocast lowers where backward runs within it."""
+    """`torch.bmm`, whose gradients autocast would lower where backward runs within it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -73,10 +72,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
-        product = _Product.apply if torch.is_grad_enabled() and not transformed() else torch.bmm
         with full_precision(g):
-            dx = product(g, w.mT) if ctx.needs_input_grad[0] else None
-            dw = product(x.mT, g) if ctx.needs_input_grad[1] else None
+            dx = torch.bmm(g, w.mT) if ctx.needs_input_grad[0] else None
+            dw = torch.bmm(x.mT, g) if ctx.needs_input_grad[1] else None
         return dx, dw
 
 

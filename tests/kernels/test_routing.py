@@ -380,3 +380,23 @@ def test_autocast_around_backward_lowers_no_gradient(B, N):  # noqa: N803
         got = torch.autograd.grad(v, (u, W), torch.ones_like(v))
     for a, b in zip(got, want, strict=True):
         assert a.equal(b)
+
+
+def test_second_derivatives_of_few_samples_in_every_way():
+    """As `backward=True` of a reference that autograd differentiates."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    W = torch.randn(5, 3, 2, 4, generator=generator, dtype=torch.float64)  # noqa: N806
+
+    def curvature(backend, vectorize):
+        def f(u):
+            return routing(u.tanh(), W, backend=backend)
+
+        J = torch.autograd.functional.jacobian(  # noqa: N806
+            f, a, create_graph=True, vectorize=vectorize
+        )
+        return torch.autograd.grad(J.square().sum(), a)[0]
+
+    want = curvature("reference", False)
+    for vectorize in (False, True):
+        torch.testing.assert_close(curvature("chunked", vectorize), want)

@@ -241,6 +241,23 @@ CHANGES = {
 }
 
 
+def test_modules_that_change_no_output_are_saved_without(tmp_path):
+    class Mine(MoCapsNet):
+        def __init__(self, image_shape, classes, margin=0.4, **options):
+            super().__init__(image_shape, classes, **options)
+            self.loss = mocapsnet.CapsuleLoss(margin)
+
+    model = network()
+    model.loss = mocapsnet.CapsuleLoss()
+    model.probe = torch.nn.Identity()
+    want = model.eval().predict(pixels()).lengths
+    assert torch.equal(load(model.save_pretrained(tmp_path)).predict(pixels()).lengths, want)
+    network(Mine).save_pretrained(tmp_path)
+    resnet = mocapsnet.ResNet18((1, 24, 24), 3)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(resnet).save_pretrained(tmp_path)
+    assert type(load(tmp_path)) is mocapsnet.ResNet18
+
+
 @pytest.mark.parametrize("said", CHANGES)
 def test_what_no_file_would_describe_is_not_written(said, tmp_path):
     model = network()

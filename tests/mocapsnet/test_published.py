@@ -238,3 +238,14 @@ def test_an_empty_batch_of_pixels_grouped():
         assert layer(torch.zeros(0, 8, 3, 2)).shape == (0, 12, 4)
     with pytest.raises(ValueError, match="the 9 values of a feature map"):
         PrimaryCapsules(4, grouping="pixels")(torch.zeros(0, 1, 3, 3))
+
+
+def test_pixels_grouped_are_traced_and_exported_for_any_batch():
+    from mocapsnet import PrimaryCapsules
+
+    layer, x = PrimaryCapsules(4, grouping="pixels"), torch.randn(3, 8, 3, 2)
+    other = torch.randn(5, 8, 3, 2)
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=shapes, strict=False).module()
+    for made in (torch.jit.trace(layer, x), exported):
+        torch.testing.assert_close(made(other), layer(other))

@@ -72,30 +72,25 @@ def test_under_the_cache_of_parametrizations(inside):
     same(grads(found[0]), grads(found[1]))
 
 
-def test_attributes_changed_between_two_calls_are_refused():
-    for name, values in (
-        ("scale", (1.0, -3.0)),
-        ("context", (torch.zeros(4).double(), torch.ones(4).double())),
-    ):
-        (reversible, stored), x = both([Scaled(), Scaled()])
-        for stack in (reversible, stored):
-            outputs = []
-            for value in values:
-                for layer in stack.layers:
-                    setattr(layer, name, value)
-                outputs.append(stack(x).square().sum())
-            if stack is stored:
-                sum(outputs).backward()
-                continue
-            with pytest.raises(RuntimeError, match="a module or an attribute of it; go backward"):
-                sum(outputs).backward()
-        (reversible, stored), x = both([Scaled(), Scaled()])
-        for stack in (reversible, stored):  # in turn they may change
-            for value in values:
-                for layer in stack.layers:
-                    setattr(layer, name, value)
-                stack(x).square().sum().backward()
-        same(grads(reversible), grads(stored))
+@pytest.mark.parametrize("in_turn", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["scale", "context"])
+def test_attributes_are_those_of_the_call(name, shared, in_turn):
+    tensors = torch.zeros(4).double(), torch.ones(4).double()
+    values = {"scale": (1.0, -3.0), "context": tensors}[name]
+    found, x = both([Scaled()] * 3 if shared else [Scaled(), Scaled()])
+    for stack in found:
+        outputs = []
+        for value in values:
+            for layer in stack.layers:
+                setattr(layer, name, value)
+            outputs.append(stack(x).square().sum())
+            if in_turn:
+                outputs.pop().backward()
+        if outputs:
+            sum(outputs).backward()
+        assert all(getattr(layer, name) is values[1] for layer in stack.layers)
+    same(grads(found[0]), grads(found[1]))
 
 
 def test_a_tensor_attribute_changed_in_place_is_refused():
@@ -103,8 +98,89 @@ def test_a_tensor_attribute_changed_in_place_is_refused():
     stack.layers[0].context = torch.zeros(4).double()
     y = stack(x)
     stack.layers[0].context += 1
-    with pytest.raises(RuntimeError, match="an attribute of it; go backward first"):
+    with pytest.raises(RuntimeError, match="its tensor 'context' was changed in place between"):
         y.sum().backward()
+
+
+class Rotated(nn.Module):
+    """Keeps a table that grows with its inputs, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+        self.length, self.table = 0, None
+
+    def forward(self, x):
+        if len(x) > self.length:
+            self.length = len(x)
+            self.table = torch.arange(len(x), dtype=torch.float64)[:, None].cos()
+        return self.linear(x) * self.table[: len(x)]
+
+
+def test_a_layer_may_keep_what_it_has_computed():
+    found, x = both([Rotated(), Rotated()])
+    for stack in found:
+        stack(x[:1]).sum().backward()
+        short = stack(x[:1])
+        long = stack(x)
+        with torch.no_grad():
+            stack(torch.cat([x, x]))
+        for layer in stack.layers:
+            layer.last_loss = 3.5
+        (short.square().sum() + long.square().sum()).backward()
+        assert all(layer.length == 6 and layer.last_loss == 3.5 for layer in stack.layers)
+    same(grads(found[0]), grads(found[1]))
+
+
+class Recorded(nn.Module):
+    """Notes its output where that has a gradient, as recorders of activations do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.activation = None
+
+    def forward(self, x):
+        h = self.linear(x)
+        if h.requires_grad:
+            self.activation = h.detach()
+        return torch.tanh(h)
+
+
+def test_a_layer_may_record_what_has_a_gradient():
+    found, x = both([Recorded(), Recorded()])
+    for stack in found:
+        (stack(x).sum() + stack(2 * x).square().sum()).backward()
+        assert all(layer.activation is not None for layer in stack.layers)
+    same(grads(found[0]), grads(found[1]))
+
+
+class Counted(nn.Module):
+    """Behaves by a text and a mask, and counts its calls where no module sees it."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), [calls]
+
+    def forward(self, x, kind="photo", mask=None):
+        self.calls[0].append(kind)
+        self.shape = tuple(x.shape)
+        x = x if mask is None else x * mask
+        return self.linear(x if kind == "photo" else -x)
+
+
+def test_kinds_of_calls_in_turn_are_looked_at_once():
+    calls = []
+    stack, x = MomentumStack([Counted(calls)]), torch.randn(3, 4)
+    mask = torch.ones(3, 4)
+    ways = [("photo", None), ("sketch", None), ("photo", mask), ("photo", mask.requires_grad_())]
+    for n in range(3):
+        for way in ways:
+            for batch in (x, x[:2]):
+                calls.clear()
+                kind, mask = way[0], None if way[1] is None else way[1][: len(batch)]
+                stack(batch, None, kind, mask).sum().backward()
+                assert len(calls) == 2 or (n == 0 and len(calls) == 3)
 
 
 def test_two_calls_of_a_layer_that_keeps_what_it_computed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mocapsnet.train.experiments.configuration import (
     fits,
     slug,
 )
+from mocapsnet.train.files import hidden
 from mocapsnet.train.option_values import (
     CONV,
     MOMENTUM,
@@ -185,6 +187,14 @@ def difference(
             return flag(name), before[name], value
     folders = then.data.data_dir, now.data.data_dir
     if now.data.dataset == "folder" and all(Path(folder).is_dir() for folder in folders):
-        if not Path(folders[0]).samefile(folders[1]):  # another data set, and none that has moved
+        if images_below(folders[0]) != images_below(folders[1]):  # and none that has moved
             return "--data-dir", *folders
     return None
+
+
+@cache
+def images_below(folder: str) -> frozenset[str]:
+    """Names of a data set's files, by which a copy of it is the same."""
+    root = Path(folder)
+    names = (path.relative_to(root) for path in root.rglob("*") if path.suffix)
+    return frozenset(name.as_posix() for name in names if not hidden(name))

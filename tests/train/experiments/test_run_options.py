@@ -149,6 +149,8 @@ def test_other_images_are_never_mixed(fake: Configuration, command: Command) -> 
     for place in ("photos", "others"):
         for name in ("ant", "bee"):
             Path(place, name).mkdir(parents=True)
+            Path(place, name, f"{place}.png").touch()
+    shutil.copytree("photos", "copied")
     words = ["experiment", "own.json", "--seeds", "0", "--epochs", "1", "--folders"]
     folder = Path("runs/own", f"{NAME}0")
     shutil.copytree("template", folder)
@@ -156,8 +158,9 @@ def test_other_images_are_never_mixed(fake: Configuration, command: Command) -> 
     (run,) = runs.build(fake, runs.select(fake, {"seed": [0]}), {}, {"digits": "photos"})
     config["options"] = to_json(run.options)
     (folder / "config.json").write_text(json.dumps(config))
-    code, _, errors = command(*words, "digits=photos")
-    assert code == 0, errors
+    for place in ("photos", "copied", "photos"):
+        code, _, errors = command(*words, f"digits={place}")
+        assert code == 0, errors
     for _ in ("by the record", "by the run"):
         code, _, errors = command(*words, "digits=others")
         assert code == 2 and f"--data-dir {Path('photos').absolute()}" in errors, errors
