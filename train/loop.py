@@ -390,7 +390,9 @@ def _mend_model(
     try:
         checkpoints.load_weights(checkpoint, model)
         model_folder.write(run, model, options, epochs_done, *accuracies)
-    except (OSError, InputError) as error:
+    except InputError:  # a damaged checkpoint, which is told of where it is needed
+        return
+    except OSError as error:
         print(
             f"mocapsnet: warning: {run / model_folder.FOLDER} is not the network after epoch "
             f"{epochs_done}, and could not be written anew: {error}",
