@@ -10,7 +10,7 @@ the number of residual blocks, in interleaved rounds. Then, for the fused MoCaps
 
 Convolutions in bfloat16 are timed where the device computes in it natively. Before anything is
 timed, every candidate's results and gradients are compared with an eager model in float64, for
-the batch that will be timed.
+the batch that will be timed, with SiLU in the place of ReLU; see `candidates.check`.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def refuse_what_config_does_not_say(model: CapsNet) -> None:
         if name not in found:
             raise ValueError(f"{name} is not in the network, and by its config it is{advice}")
         if isinstance(then, nn.Sequential) and isinstance(found[name], nn.Sequential):
-            for more in list(dict(found[name].named_children()))[len(then) :]:
+            for more, _ in list(found[name].named_children())[len(then) :]:
                 raise ValueError(f"{name}.{more} is in the network, and not by its config{advice}")
     for name, then in modules.items():
         ours = found[name]

@@ -129,8 +129,8 @@ class MomentumStack(CapsuleStack):
     Raises: ValueError if an option is out of range or a layer changes the shape. Reversible, with
         gradients: ValueError if a layer changes its buffers or arguments, adds x itself, or returns
         another output when called again, and in backward if its gradient would be lost;
-        RuntimeError on double backward, or if parameters, buffers, modes, hooks or tensors
-        among the attributes changed between forward and backward.
+        RuntimeError on double backward, or if parameters, buffers, modes or hooks changed, or
+        tensors among the attributes in place, between forward and backward.
     Source: Algorithms 1 and 2 of the Momentum Capsule Networks paper; Sander et al. 2021.
     """
 
@@ -164,9 +164,8 @@ class MomentumStack(CapsuleStack):
         self.anchor_every = anchor_every
         self.velocity = velocity
         self.block_layers = block_layers
-        self.probed: dict[
-            nn.Module, list[Any]
-        ] = {}  # layers that bear a second call, as they were then
+        # layers that bear a second call, and the kinds of calls that were looked at
+        self.probed: dict[nn.Module, list[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, or a pickle: layers that are others, and not yet probed."""

@@ -480,3 +480,21 @@ def test_slope_and_quartiles():
     assert measure.slope([1, 2, 4], [3, 5, 9]) == pytest.approx(2)
     assert math.isnan(measure.slope([1], [3]))
     assert measure.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2, 3, 4)
+
+
+def test_routing_that_is_interrupted_while_it_compiles_tells_the_rest(tmp_path, monkeypatch):
+    """The first shape of all, so that no table would be there otherwise."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(routing_candidates, "warmed", interrupted)
+    options = [*SMALL_ROUTING, "block", "layer2-10-classes", "--compiled", "first"]
+    with pytest.raises(KeyboardInterrupt):
+        routing_benchmark.main([*options, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "routing.json").read_text())["rows"]
+    assert {row["label"] for row in rows} == {"block"}
+    assert {row["candidate"] for row in rows if "seconds" in row} >= {"einsum", "chunked"}
+    stopped = [row for row in rows if row.get("error") == routing_candidates.STOPPED]
+    assert len(stopped) == 4
+    assert "Interrupted: the shapes that were left" in (tmp_path / "routing.md").read_text()

@@ -56,8 +56,8 @@ def report(command: RunOptions) -> Evaluation:
     accelerator = make_accelerator(dataclasses.replace(options.machine, device=command.device))
     make_repeatable(options.optim.seed)
     bundled = isinstance(command, VisualizeOptions) and command.bundles
-    tested_alone = Known() if bundled else known(run)
-    train_set, test_set = load_data(source, accelerator, options.optim.seed, tested_alone)
+    then = Known() if bundled else known(run)
+    train_set, test_set = load_data(source, accelerator, options.optim.seed, then)
     check_test_images(run, test_set)
     if bundled and options.watch.validation_share is not None:  # those that the run trained with
         share, seed = options.watch.validation_share, options.data.split_seed
