@@ -17,12 +17,12 @@ from mocapsnet.train.options import MachineOptions
 from mocapsnet.train.prepare import make_accelerator
 make_accelerator(MachineOptions(device="cpu"))
 faults = []
-for _ in range(4):
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for megabytes in (40, 100):  # above 32 MB glibc maps every block anew
         torch.ones(megabytes << 18)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(max(faults[1:]))
+print(max(faults[4:]))  # by then the heap is as large as it has to be
 """
 
 
