@@ -121,17 +121,17 @@ def build_optimizer(
             the warm-down ends, or does not get there. It gets no schedule besides its own.
     """
     if options.optimizer == "adam":
-        settings = {
+        kind = "cpu" if device is None else device.type
+        settings: dict[str, Any] = {
             "lr": options.lr,
             "weight_decay": options.weight_decay,
             "decoupled_weight_decay": True,
         }
-        kind = "cpu" if device is None else device.type
-        adam = (
-            FusedAdam(parameters, **settings)
-            if kind in GRAPHED
-            else Adam(parameters, fused=kind == "cpu" or None, **settings)
-        )
+        adam: Adam
+        if kind in GRAPHED:
+            adam = FusedAdam(parameters, **settings)
+        else:
+            adam = Adam(parameters, fused=kind == "cpu" or None, **settings)
         if options.schedule == "cosine":
             return adam, Schedules(step=LambdaLR(adam, cosine(steps)))
         return adam, Schedules(epoch=ExponentialLR(adam, gamma=DECAY_PER_EPOCH))

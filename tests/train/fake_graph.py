@@ -221,7 +221,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[CUDAGraph]:
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr("mocapsnet.train.graph.DEVICES", ("cpu",))
-    monkeypatch.setattr("mocapsnet.train.optimizers.FUSED", ("cpu",))
+    monkeypatch.setattr("mocapsnet.train.optimizers.GRAPHED", ("cpu",))
     monkeypatch.setattr("mocapsnet.kernels.checks.queued", lambda _: True)
     workspace = importlib.import_module("mocapsnet.kernels.routing.workspace")
     monkeypatch.setattr(workspace, "DEVICES", ())
