@@ -201,6 +201,25 @@ def test_network(calls, bfloat16, tiles, monkeypatch):
         assert a.is_contiguous() == b.is_contiguous() and (a - b).norm() <= limit * b.norm()
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_kernels_are_laid_out_where_they_are_copied_anyway(bfloat16, monkeypatch, always):
+    """In float32 they are the parameter itself, so that no copy is held for backward."""
+    monkeypatch.setattr(convolution, "multiplies_bfloat16", lambda: True)
+    seen = []
+    monkeypatch.setattr(
+        convolution, "conv2d", lambda x, w, stride: seen.append(w) or conv2d(x, w, stride)
+    )
+    layer = Conv2d(2, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        layer(torch.randn(2, 2, 6, 6)).sum().backward()
+    assert layer.weight.grad.is_contiguous()
+    if bfloat16:
+        assert seen[0].dtype == torch.bfloat16
+        assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert seen[0] is layer.weight
+
+
 def test_bfloat16_is_left_to_pytorch_on_other_processors(calls, monkeypatch, always):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     layer, x = Conv2d(2, 3, 3), torch.randn(2, 2, 6, 6)

@@ -137,7 +137,9 @@ def test_the_fused_forms_of_adam_are_adam() -> None:
         schedules.step.step()
     for net in nets[:2]:
         torch.testing.assert_close(net.state_dict(), nets[2].state_dict(), rtol=1e-5, atol=1e-7)
-    json.dumps(fused.state_dict()["param_groups"])
+    for optimizer in (cpu, fused):
+        json.dumps(optimizer.state_dict()["param_groups"])
+    assert fused.rates[0] == pytest.approx(fused.param_groups[0]["lr"])
 
 
 @pytest.mark.parametrize("lr", [1e-2, 1e-5], ids=["above its least rate", "below"])
