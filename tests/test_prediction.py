@@ -446,6 +446,20 @@ def test_registers_are_taken_apart_and_put_together():
     assert found.asked == 16  # sectors of 32 bytes: two threads' words in each
 
 
+def test_a_register_that_nothing_writes_holds_anything():
+    """As Triton 3.9 packs bytes: three bytes of %r4 come from %r8, and the other one is used."""
+    body = """
+	and.b32 %r3, %r1, 31;
+	prmt.b32 %r4, %r8, %r3, 0x3340U;
+	prmt.b32 %r5, %r4, 0, 0x7771U;
+	mul.wide.u32 %rd2, %r5, 16;
+	add.s64 %rd3, %rd1, %rd2;
+	ld.global.b32 %r6, [%rd3];
+"""
+    found, *_ = run(body)
+    assert found.asked == 16
+
+
 def test_bytes_are_permuted():
     """0x7701: bytes 1 and 0 of the first operand, then of the second operand's byte 3 twice; a
     selector of 8 and more stands for the sign of a byte."""

@@ -67,6 +67,7 @@ class Kernel:
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self.decode(body)
+        self.undefined = self.find_undefined()
         self.loops = self.find_loops()
         self.needed = self.find_needed()
 
@@ -91,6 +92,14 @@ class Kernel:
                     )
             if not statement.strip("{} \t"):
                 statement = ""
+
+    def find_undefined(self) -> set[str]:
+        """Registers that are read and nowhere written: what they hold reaches no result, as bytes
+        that a permutation of bytes has no use for."""
+        of = [[registers(x) for x in i.operands] for i in self.instructions]
+        written = {register for operands in of if operands for register in operands[0]}
+        read = {register for operands in of for x in operands[1:] for register in x}
+        return {register for register in read - written if re.fullmatch(r"%[a-z]+\d+", register)}
 
     def find_loops(self) -> list[tuple[int, int]]:
         """First and last instruction of every loop, in the order of the first."""
@@ -288,6 +297,7 @@ class Run:
         for axis, index, size in zip("xyz", place, (x, y, z), strict=True):
             self.known |= {f"%ctaid.{axis}": none + index, f"%nctaid.{axis}": none + size}
         self.known["global_smem"] = none
+        self.known |= dict.fromkeys(kernel.undefined, none)
         self.values = dict(zip(kernel.parameters, [*values, 0, 0], strict=False))
         self.all = np.ones(self.threads, bool)
 

@@ -145,5 +145,5 @@ def kept_weight_gradient_kernel(
         dW, ds, x = sums, next_ds, next_x
     for n in tl.static_range(TOGETHER):
         p_dW = dW_ptr + (((i + n) * K + k) * J + j) * D + d
-        m_dW = (i + n < N) & (k < K) & m
+        m_dW = (i + n + 0 * k < N) & (k < K) & m  # not of one bool, see `output_gradient_kernel`
         tl.store(p_dW, fragments.weight_tile(dW[n], BLOCK_J, BLOCK_D), m_dW)

@@ -158,7 +158,7 @@ def output_gradient_kernel(
     """
     b = tl.program_id(0).to(tl.int64)
     j, d, m = tile.outputs(J, D, BLOCK_J, BLOCK_D)
-    m = m & (b < B)
+    m = m & (b + 0 * j < B)  # not of one bool, which the interpreter of Triton 3.9 would refuse
     o = b * J * D + j * D + d
     stride = B.to(tl.int64) * J * D
     s = tl.load(s_ptr + r * stride + o, m, 0)
